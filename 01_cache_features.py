@@ -1,0 +1,120 @@
+"""Stage 1: SAM's image embeddings and CLIP Surgery's maps, computed once per image into one HDF5 file.
+
+    python 01_cache_features.py [NAME=value ...]        NAME is any constant below; `help` lists them
+
+Nothing inside SAM or CLIP is ever trained, so neither F = E_I(x) nor M_c ever changes. Killed at any moment, the same
+command goes on where it stopped.
+"""
+
+import importlib.metadata
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import cache, settings
+from common.clip_surgery import ClipSurgery, load_clip
+from common.datasets import draw_shots, image_size, list_samples, load_image, load_labels
+from common.sam import SamEmbedder, load_sam, sam_fingerprint, squash
+from common.tasks import get_task
+
+# what is segmented
+TASK = "demo_saliency"  # demo_blur|shadow|mirror|saliency|semantic (drawn here), cuhk, sbu, msd, duts, voc, folder
+DATA_DIR = ""  # where the data set lies; empty = data/<TASK>
+PROMPT = ""  # the text that names your target, for TASK = "folder" only
+SHOTS = 50  # labelled training samples drawn (paper, section 4)
+SEED = 0  # of that draw
+
+# the frozen models
+SAM = "demo"  # vit_h (the paper's), vit_l, vit_b, a checkpoint's path, or demo (this repository's small stand-in)
+CLIP = "demo"  # an open_clip ViT as name/tag, such as ViT-B-16-quickgelu/openai, or name/file; or demo
+CLIP_SIZE = 0  # pixels a side that CLIP sees; 0 = 512 (CLIP Surgery's sharper setting), 192 for the stand-in
+IMAGE_SIZE = 800  # every picture is squashed to this square; points live in it (Eq. 3)
+PATCH_SIZE = 80  # the agent's actions are the centres of patches of this size: 10 x 10 of them (Eq. 3)
+
+# how it is computed
+BATCH_SIZE = 8  # images at a time through SAM and CLIP
+WORKERS = 4  # threads that decode images ahead of the models
+PRECISION = "auto"  # of SAM's encoder: bf16 where the hardware has it, else fp32; or either by name
+DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
+
+# where it goes
+RUN_DIR = ""  # empty = runs/<TASK>
+FEATURES = ""  # the cache; empty = features.h5 in the run folder
+
+
+def main() -> None:
+    settings.positive(globals(), "SHOTS", "IMAGE_SIZE", "PATCH_SIZE", "BATCH_SIZE", "WORKERS")
+    device = settings.device(DEVICE)
+    task = get_task(TASK, PROMPT)
+    data_dir = Path(DATA_DIR or f"data/{TASK}").expanduser()
+    if TASK.startswith("demo_") and not DATA_DIR:
+        from common.standin.scenes import write_dataset
+        write_dataset(TASK.removeprefix("demo_"), data_dir)
+
+    # the images: the drawn training samples and the whole test set
+    samples = list_samples(task, data_dir)
+    drawn = draw_shots(samples, task, SHOTS, SEED)  # (sample, text index) pairs
+    shot_images = list(dict.fromkeys(sample for sample, _ in drawn))  # a VOC image may be drawn for two classes
+    images = shot_images + [sample for sample in samples if sample.split == "test"]
+    row_of = {sample: row for row, sample in enumerate(images)}
+
+    # the frozen models
+    sam = load_sam(SAM, device)
+    embedder = SamEmbedder(sam, PRECISION)
+    clip, tokenizer = load_clip(CLIP, device)
+    clip_size = CLIP_SIZE or (192 if CLIP == "demo" else 512)
+    surgery = ClipSurgery(clip, tokenizer, clip_size, task.texts)
+    grid = sam.prompt_encoder.image_embedding_size
+
+    layout = cache.Layout(
+        names=[sample.name for sample in images], splits=[sample.split for sample in images],
+        sizes=[image_size(sample.image) for sample in images],
+        shots=[(row_of[sample], text) for sample, text in drawn], texts=task.texts,
+        embedding=(sam.prompt_encoder.embed_dim, *grid), frame=IMAGE_SIZE, patch=PATCH_SIZE)
+    provenance = {
+        "task": TASK, "branch": task.branch, "sam": SAM, "sam_fingerprint": sam_fingerprint(sam), "clip": CLIP,
+        "clip_size": clip_size, "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
+        "precision": "bf16" if embedder.bf16 else "fp32", "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "segment_anything", "open_clip_torch")}}
+    run_dir = settings.run_dir(RUN_DIR, TASK)
+    path = settings.features(FEATURES, run_dir)
+
+    def read(row: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """One image: its row, what SAM sees, what CLIP sees, its label map, its small picture."""
+        sample = images[row]
+        image = load_image(sample.image)
+        side = (clip_size, clip_size)
+        return (row, squash(image, sam.image_encoder.img_size, IMAGE_SIZE),
+                np.asarray(Image.fromarray(image).resize(side, Image.BILINEAR)),
+                load_labels(sample, task, image.shape[:2]),
+                np.asarray(Image.fromarray(image).resize((cache.PICTURE, cache.PICTURE), Image.BILINEAR)))
+
+    with cache.CacheWriter.open_or_create(path, layout, provenance) as writer, ThreadPoolExecutor(WORKERS) as pool:
+        missing = writer.missing()
+        ahead: deque = deque(pool.submit(read, row) for row in missing[:2 * BATCH_SIZE])
+        waiting = iter(missing[2 * BATCH_SIZE:])
+        with tqdm(desc=f"embedding {TASK}", total=len(images), initial=len(images) - len(missing)) as bar:
+            while ahead:
+                batch = [ahead.popleft().result() for _ in range(min(BATCH_SIZE, len(ahead)))]
+                ahead.extend(pool.submit(read, row) for _, row in zip(batch, waiting))
+                rows, for_sam, for_clip, labels, pictures = zip(*batch)
+                embeddings = embedder.embed(np.stack(for_sam))
+                maps = surgery.maps(torch.from_numpy(np.stack(for_clip)).permute(0, 3, 1, 2))
+                maps = F.interpolate(maps, grid, mode="bilinear")  # M_c, resized to h x w
+                for entry in zip(rows, embeddings, maps, labels, pictures):
+                    writer.write(*entry)
+                bar.update(len(batch))
+
+    print(f"{len(images)} images ({len(drawn)} training samples), {path.stat().st_size / 1e6:.0f} MB")
+    settings.goodbye([path], "02_train_srm.py", globals())
+
+
+if __name__ == "__main__":
+    settings.run(main, globals())

@@ -1,0 +1,137 @@
+"""Stage 2: the semantic recalibration module, trained from the cache on mask states reached by live prompting.
+
+    python 02_train_srm.py [NAME=value ...]             NAME is any constant below; `help` lists them
+
+The SRM must answer in every state that prompting meets: before any mask, after its own test-time start, and after any
+number of points. Each step takes a batch of samples into one such state with SAM's live decoder and learns there.
+"""
+
+import torch
+from tqdm import tqdm
+
+from common import checkpoint, settings
+from common.cache import Cache
+from common.episode import Episode, patch_centres, random_pixels
+from common.pictures import plot_curves
+from common.sam import BatchedPrompter, load_decoder
+from common.srm import build_srm, sample_at, srm_loss
+
+# what is trained
+TASK = "demo_saliency"  # as in stage 1
+BRANCH = ""  # implicit or explicit (Table 4); empty = the task's own
+SEED = 0  # of weights, states and batches
+
+# how (the paper trains the SRM inside Algorithm 1 only; this stage gives the agent a sensible one from the start)
+STEPS = 600  # optimiser steps
+SRM_BATCH = 8  # samples a step
+LEARNING_RATE = 1e-3  # Adam; stage 3 goes on at the paper's 1e-4
+ROUNDS = 15  # states have up to this many points beyond the start (T)
+HELD_OUT = 100  # test samples on which accuracy is reported at the end; nothing is chosen by it
+
+# where it goes
+RUN_DIR = ""  # empty = runs/<TASK>
+FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
+DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
+SAVE_EVERY = 100  # steps that a kill may cost
+
+
+def reach_state(kind: float, episode: Episode, srm: torch.nn.Module, labels: list, generator: torch.Generator) -> None:
+    """Takes an episode into a state of prompting: none yet, the test-time start, or random points after either start."""
+    if kind < 0.2:
+        return  # M = 1: what the SRM sees when it has to find P_0
+    if kind < 0.5:
+        episode.start_without_truth(srm)
+    else:
+        episode.prompt(random_pixels(labels, generator, episode.frame), torch.tensor([[1, 0]]).expand(len(labels), 2))
+    count = int(torch.randint(0, ROUNDS + 1, (1,), generator=generator))
+    if count:  # candidate points, labelled as the agent's will be
+        order = torch.rand(episode.allowed.shape, generator=generator).to(episode.allowed.device)
+        chosen = (order * episode.allowed).topk(count).indices
+        points = episode.centres[chosen]
+        answers = sample_at(episode.foreground(srm), points, episode.frame) > 0.5
+        episode.prompt(points, answers.long())
+
+
+def accuracy(srm: torch.nn.Module, episode: Episode, truth: torch.Tensor) -> tuple[float, float]:
+    """Share of candidate points labelled right, over foreground and over background points of truth (B, A)."""
+    right = (sample_at(episode.foreground(srm), episode.centres.expand(len(truth), -1, -1), episode.frame) > 0.5) == (truth == 1)
+    return right[truth == 1].float().mean().item(), right[truth == 0].float().mean().item()
+
+
+def main() -> None:
+    settings.positive(globals(), "STEPS", "SRM_BATCH", "LEARNING_RATE", "ROUNDS", "HELD_OUT", "SAVE_EVERY")
+    device = settings.device(DEVICE)
+    run_dir = settings.run_dir(RUN_DIR, TASK)
+    features = Cache.open(settings.features(FEATURES, run_dir), TASK)
+    frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
+    centres = patch_centres(frame, patch).to(device)
+    prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
+
+    # everything that training needs of the 50 samples fits in memory
+    samples = features.samples("train")
+    embeddings = features.embeddings(samples).float().to(device)
+    maps, truth = features.maps(samples).to(device), features.truth_grid(samples).to(device)
+    truth_centres = features.truth_centres(samples).to(device)
+    labels = [features.labels(sample) for sample in samples]
+
+    # the SRM, fresh or from where a killed run stopped
+    branch = BRANCH or features.attrs["branch"]
+    generator = torch.Generator().manual_seed(SEED)
+    settings.seed_everything(SEED)
+    srm = build_srm(branch, embeddings.shape[1]).to(device)
+    optimizer = torch.optim.Adam(srm.parameters(), LEARNING_RATE)
+    path, log, step = run_dir / "srm.pt", [], 0
+    chosen = {"task": TASK, "branch": branch, "seed": SEED, "steps": STEPS, "srm_batch": SRM_BATCH,
+              "learning_rate": LEARNING_RATE, "rounds": ROUNDS, "features": features.identity()}
+    if path.exists():
+        saved = checkpoint.load(path, f"02_train_srm.py TASK={TASK}")
+        checkpoint.require_same(path, saved["settings"], chosen)
+        srm.load_state_dict(saved["srm"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        log, step = saved["log"], saved["step"]
+
+    sums = [0.0, 0.0, 0.0]
+    for step in tqdm(range(step + 1, STEPS + 1), "training the SRM", initial=step, total=STEPS):
+        # a batch of samples, prompted into some state
+        rows = torch.randperm(len(samples), generator=generator)[:SRM_BATCH]
+        episode = Episode(prompter, embeddings[rows], maps[rows], centres, truth_centres[rows] != 255)
+        kind = float(torch.rand(1, generator=generator))
+        reach_state(kind, episode, srm, [labels[row] for row in rows], generator)
+
+        # Eqs. 11 to 13: y_r from s_c and s_t, Dice + BCE against y on the grid
+        loss = srm_loss(srm(episode.semantic_state(), episode.state()), truth[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        hits = accuracy(srm, episode, truth_centres[rows]) if step % 10 == 0 else (0.0, 0.0)
+        sums = [total + value for total, value in zip(sums, (loss.item(), *hits))]
+        if step % 50 == 0:
+            log.append({"step": step, "loss": sums[0] / 50, "foreground_accuracy": sums[1] / 5,
+                        "background_accuracy": sums[2] / 5})
+            sums = [0.0, 0.0, 0.0]
+        if step % SAVE_EVERY == 0 or step == STEPS:
+            checkpoint.save(path, {
+                "settings": chosen, "srm": srm.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                "generator": generator.get_state(), "log": log, "finished": step == STEPS})
+    if log:
+        checkpoint.write_log(run_dir / "srm_log.csv", log)
+        plot_curves(log, run_dir / "srm_curves.png", f"{TASK}, stage 2: SRM ({branch} branch)")
+
+    # held-out accuracy at the candidate points, in the three kinds of state
+    held_out = features.samples("test")[:HELD_OUT]
+    embeddings, maps = features.embeddings(held_out).float().to(device), features.maps(held_out).to(device)
+    truth_centres = features.truth_centres(held_out).to(device)
+    for kind, name in ((0.0, "before any mask"), (0.3, "test-time start and random points")):
+        episode = Episode(prompter, embeddings, maps, centres)
+        reach_state(kind, episode, srm, [], torch.Generator().manual_seed(0))
+        foreground, background = accuracy(srm, episode, truth_centres)
+        print(f"held-out candidate points labelled right, {name}: foreground {foreground:.3f}, background {background:.3f} "
+              f"({len(held_out)} test samples)")
+
+    settings.goodbye([path, run_dir / "srm_log.csv", run_dir / "srm_curves.png"], "03_train_agent.py", globals())
+
+
+if __name__ == "__main__":
+    settings.run(main, globals())

@@ -1,0 +1,162 @@
+"""Stage 3: the PPO agent, trained from the cache with live SAM decoder calls (paper, Algorithm 1).
+
+    python 03_train_agent.py [NAME=value ...]           NAME is any constant below; `help` lists them
+
+An episode prompts all training samples side by side for T rounds; then K epochs of PPO. The SRM goes on learning during
+the roll-out. States are never stored: a roll-out keeps masks, and s_t = F * M is rebuilt from them.
+"""
+
+import time
+
+import torch
+from tqdm import tqdm
+
+from common import checkpoint, settings
+from common.agent import Actor, Critic, pick, policy, pool_state, ppo_update, returns
+from common.cache import Cache
+from common.episode import Episode, patch_centres, random_pixels
+from common.pictures import plot_curves
+from common.sam import BatchedPrompter, load_decoder
+from common.srm import build_srm, srm_loss
+
+# what is trained
+TASK = "demo_saliency"  # as in stage 1
+SEED = 0  # of weights, points and actions
+
+# PPO (paper, section 4)
+EPISODES = 50  # E: roll-outs of all training samples
+EPOCHS = 20  # K: full-batch updates after each roll-out
+ROUNDS = 15  # T: points chosen in an episode
+GAMMA = 0.99  # discount
+CLIP_RANGE = 0.20  # epsilon
+LEARNING_RATE = 1e-4  # Adam, of actor, critic and SRM
+
+# the SRM's share (section 3.3)
+SRM_STEPS = {"implicit": 1, "explicit": 5}  # q: optimiser steps after every action
+SRM_BATCH = 8  # samples of the roll-out in one such step; all of them cost over an hour a run on a CPU
+
+# where it goes
+RUN_DIR = ""  # empty = runs/<TASK>
+FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
+DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
+
+
+def main() -> None:
+    settings.positive(globals(), "EPISODES", "EPOCHS", "ROUNDS", "GAMMA", "CLIP_RANGE", "LEARNING_RATE", "SRM_STEPS",
+                      "SRM_BATCH")
+    device = settings.device(DEVICE)
+    run_dir = settings.run_dir(RUN_DIR, TASK)
+    features = Cache.open(settings.features(FEATURES, run_dir), TASK)
+    frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
+    centres = patch_centres(frame, patch).to(device)
+    side = frame // patch
+    prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
+
+    # everything that training needs of the 50 samples fits in memory
+    samples = features.samples("train")
+    embeddings = features.embeddings(samples).float().to(device)  # F
+    maps, truth = features.maps(samples).to(device), features.truth_grid(samples).to(device)  # M_c, y on the grid
+    truth_centres = features.truth_centres(samples).to(device)  # y at the patch centres
+    labels = [features.labels(sample) for sample in samples]  # y
+
+    # stage 2's SRM goes on learning here; srm.pt itself stays as it is
+    srm_path, path = run_dir / "srm.pt", run_dir / "agent.pt"
+    stage_2 = checkpoint.load(srm_path, f"02_train_srm.py TASK={TASK}")
+    checkpoint.require_finished(srm_path, stage_2, f"02_train_srm.py TASK={TASK}")
+    checkpoint.require_same(srm_path, stage_2["settings"], {"task": TASK, "features": features.identity()})
+    branch = stage_2["settings"]["branch"]
+    if ROUNDS > side * side:
+        raise settings.UserError(f"ROUNDS={ROUNDS} is more than the {side * side} patches there are: set it lower")
+
+    settings.seed_everything(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    srm = build_srm(branch, embeddings.shape[1]).to(device)
+    srm.load_state_dict(stage_2["srm"])
+    actor = Actor(embeddings.shape[1]).to(device)
+    critic = Critic(embeddings.shape[1], scale=ROUNDS / 2).to(device)
+    ppo = torch.optim.Adam([*actor.parameters(), *critic.parameters()], LEARNING_RATE)
+    srm_optimizer = torch.optim.Adam(srm.parameters(), LEARNING_RATE)
+    learning = {"srm": srm, "actor": actor, "critic": critic, "ppo": ppo, "srm_optimizer": srm_optimizer}
+    chosen = {"task": TASK, "branch": branch, "seed": SEED, "episodes": EPISODES, "epochs": EPOCHS, "rounds": ROUNDS,
+              "gamma": GAMMA, "clip_range": CLIP_RANGE, "learning_rate": LEARNING_RATE, "srm_steps": SRM_STEPS[branch],
+              "srm_batch": SRM_BATCH, "features": features.identity(), "srm": checkpoint.fingerprint(stage_2["srm"])}
+    log, first = [], 1
+    if path.exists():  # from where a killed run stopped
+        saved = checkpoint.load(path, f"03_train_agent.py TASK={TASK}")
+        checkpoint.require_same(path, saved["settings"], chosen)
+        for name, part in learning.items():
+            part.load_state_dict(saved[name])
+        generator.set_state(saved["generator"])
+        log, first = saved["log"], len(saved["log"]) + 1
+
+    def train_srm(episode: Episode) -> tuple[float, float]:
+        """q steps of Eq. 13 on samples of the roll-out in their present state; the last loss and pixel accuracy."""
+        for _ in range(SRM_STEPS[branch]):
+            rows = torch.randperm(len(samples), generator=generator)[:SRM_BATCH].to(device)
+            logits = srm(episode.semantic_state(rows), episode.state(rows))
+            loss = srm_loss(logits, truth[rows])
+            srm_optimizer.zero_grad()
+            loss.backward()
+            srm_optimizer.step()
+        known = truth[rows] >= 0
+        return loss.item(), ((logits > 0) == (truth[rows] > 0.5))[known].float().mean().item()
+
+    for number in tqdm(range(first, EPISODES + 1), "training the agent", initial=first - 1, total=EPISODES):
+        started = time.time()
+
+        # Algorithm 1, lines 2 to 4: P_0 is a random pixel of each label, M_0 = D_M(F, P_0)
+        episode = Episode(prompter, embeddings, maps, centres, truth_centres != 255)
+        srm_log = [train_srm(episode)]  # the state before any mask, from which P_0 comes at test time
+        episode.prompt(random_pixels(labels, generator, frame), torch.tensor([[1, 0]]).expand(len(samples), 2))
+
+        # T rounds: choose a patch, label it, ask SAM, collect the reward
+        masks, allowed, actions, log_probs, values, rewards, right = [], [], [], [], [], [], []
+        for _ in range(ROUNDS):
+            with torch.no_grad():
+                state = episode.action_state()
+                distribution = policy(actor(state), episode.allowed)
+                action = pick(distribution, generator)  # a_t ~ pi(. | s_t)
+                answer = episode.label_by(episode.foreground(srm), action)
+                on_target = truth_centres.gather(1, action[:, None])[:, 0] == 1
+            masks.append(episode.mask)
+            allowed.append(episode.allowed)
+            actions.append(action)
+            log_probs.append(distribution.log_prob(action))
+            values.append(critic(state).detach())
+            rewards.append(on_target.float() * 2 - 1)  # +1 on foreground, -1 elsewhere
+            right.append((answer == on_target).float().mean().item())
+            srm_log.append(train_srm(episode))
+            episode.step(action, answer)  # P_t, M_t
+
+        # Eqs. 6 and 7: returns bootstrapped from s_{T+1} = F * M_T, and advantages
+        rewards, values = torch.stack(rewards), torch.stack(values)
+        with torch.no_grad():
+            targets = returns(rewards, critic(episode.action_state()), GAMMA)
+        advantages = targets - values
+
+        # Eqs. 8 to 10: K epochs on the states, rebuilt from the masks straight to the action grid
+        states = torch.cat([pool_state(embeddings * mask[:, None], side) for mask in masks])
+        update = ppo_update(actor, critic, ppo, states, torch.cat(actions), torch.cat(allowed), torch.cat(log_probs),
+                            targets.flatten(), advantages.flatten(), EPOCHS, CLIP_RANGE)
+
+        final = episode.mask > 0.5
+        overlap = (final & (truth > 0.5)).sum((1, 2)) / (final | (truth > 0.5)).sum((1, 2)).clamp(min=1)
+        srm_losses, srm_accuracies = zip(*srm_log)
+        log.append({
+            "episode": number, "return": rewards.sum(0).mean().item(), "foreground_rate": (rewards > 0).float().mean().item(),
+            **update, "label_accuracy": sum(right) / len(right), "srm_loss": sum(srm_losses) / len(srm_losses),
+            "srm_accuracy": sum(srm_accuracies) / len(srm_accuracies), "training_iou": overlap.mean().item(),
+            "seconds": time.time() - started})
+        checkpoint.save(path, {"settings": chosen, "log": log, "generator": generator.get_state(),
+                               "finished": number == EPISODES,
+                               **{name: part.state_dict() for name, part in learning.items()}})
+        checkpoint.write_log(run_dir / "agent_log.csv", log)
+
+    plot_curves(log, run_dir / "agent_curves.png", f"{TASK}, stage 3: agent and SRM ({branch} branch), seed {SEED}")
+    print(f"last episode: foreground rate {log[-1]['foreground_rate']:.3f} (first {log[0]['foreground_rate']:.3f}), "
+          f"IoU on the training samples {log[-1]['training_iou']:.3f}")
+    settings.goodbye([path, run_dir / "agent_log.csv", run_dir / "agent_curves.png"], "04_evaluate.py", globals())
+
+
+if __name__ == "__main__":
+    settings.run(main, globals())

@@ -1,0 +1,102 @@
+"""The prompting agent: actor and critic on the 10 x 10 action grid, and PPO's update (paper, section 3.2)."""
+
+import torch
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.nn import functional as F
+
+WIDTH = 32  # channels of actor and critic: 50 images cannot train more
+
+
+def trunk(channels: int) -> nn.Sequential:
+    """(B, C, g, g) to (B, WIDTH, g, g), one feature per action. The norms keep places visible where M is small."""
+    return nn.Sequential(nn.Conv2d(channels, WIDTH, 1), LayerNorm2d(WIDTH), nn.GELU(),
+                         nn.Conv2d(WIDTH, WIDTH, 3, padding=1), LayerNorm2d(WIDTH), nn.GELU())
+
+
+class Actor(nn.Module):
+    """pi_theta: the state on the action grid (B, C, g, g) to one logit per patch (B, g * g), row by row."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk(channels), nn.Conv2d(WIDTH, 1, 1)
+        nn.init.zeros_(self.head.weight)  # the first policy is the uniform one
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.head(self.trunk(state)).flatten(1)
+
+
+class Critic(nn.Module):
+    """V_omega: the state on the action grid (B, C, g, g) to its value (B,), as `scale` times an output of order 1."""
+
+    def __init__(self, channels: int, scale: float) -> None:
+        super().__init__()
+        self.trunk, self.head, self.scale = trunk(channels), nn.Linear(WIDTH, 1), scale
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.scale * self.head(self.trunk(state).mean((2, 3)))[:, 0]
+
+
+def pool_state(state: Tensor, side: int) -> Tensor:
+    """The state s_t (B, C, h, w) averaged over each of the side x side patches: what actor and critic read."""
+    return F.adaptive_avg_pool2d(state, side)
+
+
+def policy(logits: Tensor, allowed: Tensor) -> Categorical:
+    """pi(. | s_t) over the patches (B, N) that are still allowed (B, N) bool; there must be one in each row."""
+    return Categorical(logits=logits.masked_fill(~allowed, float("-inf")))
+
+
+def pick(distribution: Categorical, generator: torch.Generator) -> Tensor:
+    """(B,) actions drawn from the policy, by a generator on the CPU whatever the policy's device."""
+    drawn = torch.multinomial(distribution.probs.cpu(), 1, generator=generator)[:, 0]
+    return drawn.to(distribution.probs.device)
+
+
+def entropy(distribution: Categorical) -> Tensor:
+    """(B,) entropy in nats; torch's own is NaN where an action has probability 0."""
+    return -torch.where(distribution.probs > 0, distribution.probs * distribution.logits, 0.0).sum(-1)
+
+
+def returns(rewards: Tensor, last_value: Tensor, gamma: float) -> Tensor:
+    """Eq. 6: Q(s_t, a_t) = sum over k = t..T of gamma^(k-t) r_k, + gamma^(T-t+1) V(s_{T+1}).
+
+    rewards (T, B), last_value (B,) = V(s_{T+1}); returns (T, B).
+    """
+    targets, running = torch.empty_like(rewards), last_value
+    for t in reversed(range(len(rewards))):
+        running = rewards[t] + gamma * running
+        targets[t] = running
+    return targets
+
+
+def ppo_update(actor: Actor, critic: Critic, optimizer: torch.optim.Optimizer, states: Tensor, actions: Tensor,
+               allowed: Tensor, old_log_probs: Tensor, targets: Tensor, advantages: Tensor, epochs: int,
+               clip_range: float) -> dict[str, float]:
+    """K epochs of full-batch updates on one roll-out (Eqs. 8 to 10); returns diagnostics of the last epoch.
+
+    states (N, C, g, g) pooled, actions (N,), allowed (N, A) bool, old_log_probs, targets and advantages (N,).
+    Advantages are normalised over the batch: the paper is silent, and without it the critic's early bias moves all.
+    """
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    for _ in range(epochs):
+        distribution = policy(actor(states), allowed)
+        log_ratio = distribution.log_prob(actions) - old_log_probs
+        ratio = log_ratio.exp()  # Eq. 8, same action and state above and below the line
+        clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+        policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()  # Eq. 9
+        values = critic(states)
+        value_loss = F.mse_loss(values, targets)  # Eq. 10
+        optimizer.zero_grad()
+        (policy_loss + value_loss).backward()  # no parameter is shared, so the sum trains each by its own loss
+        optimizer.step()
+    with torch.no_grad():
+        return {
+            "policy_loss": policy_loss.item(), "value_loss": value_loss.item(),
+            "entropy": entropy(distribution).mean().item(),
+            "kl": ((ratio - 1) - log_ratio).mean().item(),  # Schulman's estimator k3 of KL(old || new)
+            "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean().item(),
+            "explained_variance": (1 - (targets - values).var() / targets.var()).item(),
+        }

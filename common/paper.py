@@ -1,0 +1,61 @@
+"""The figures that the paper prints, and results tables that set ours beside them."""
+
+import json
+from pathlib import Path
+
+TABLES = json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
+OUR_NAMES = {"F_beta": "F", "E_phi": "E"}  # the paper's names where they differ from ours
+
+
+def paper_row(key: str) -> dict[str, dict[str, float]]:
+    """What the paper prints for the task `key`, {row: {metric: figure}}, in percent (MAE: a fraction).
+
+    Rows and metrics are those of Table 2 ("cuhk", "sbu", "msd", "duts") or Table 3 ("voc": mIoU and the
+    IoU of ten classes), with the foreground rate FR of Table 9 in the two rows that it has. Raises KeyError.
+    """
+    rows = _columns("table3_voc_iou") if key == "voc" else _columns("table2", key)
+    foreground_rate = _columns("table9_foreground_rate", key)
+    rows["AlignSAM"]["FR"] = foreground_rate["AlignSAM"]["FR"]
+    rows["AlignSAM w/o RL"]["FR"] = foreground_rate["random"]["FR"]  # its other figures are that row's
+    return rows
+
+
+def _columns(table: str, task: str | None = None) -> dict[str, dict[str, float]]:
+    """{row: {metric: figure}} of a table of the paper, of the columns of one task where it has several."""
+    columns = TABLES[table]["columns"]
+    if task is not None:
+        columns = [column if column.startswith(f"{task}.") else None for column in columns]
+        if not any(columns):
+            raise KeyError(task)
+    names = [column and column.split(".")[-1] for column in columns]
+    return {
+        row: {OUR_NAMES.get(name, name): figure for name, figure in zip(names, figures, strict=True) if name}
+        for row, figures in TABLES[table]["rows"].items()
+    }
+
+
+def results_table(rows: dict[str, dict[str, float]], paper: dict[str, dict[str, float]] | None = None) -> str:
+    """A Markdown table of our `rows`, {row: {column: fraction}}: percent with two digits, MAE with three.
+
+    Columns stand in the order of their first use; a missing figure is a dash. `paper` (see `paper_row`) puts
+    its figure for the same row and metric beside ours; its other rows follow, marked "paper only".
+    """
+    paper = paper or {}
+    metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
+    printed = [name for name in metrics if any(name in row for row in paper.values())]
+    head = [""]
+    for name in metrics:
+        head += [name, f"{name} (paper)"] if name in printed else [name]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for row in rows | paper:
+        cells = [row if row in rows else f"{row} (paper only)"]
+        for name in metrics:
+            cells.append(_figure(rows.get(row, {}).get(name), name, 1 if name == "MAE" else 100))
+            if name in printed:
+                cells.append(_figure(paper.get(row, {}).get(name), name, 1))
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _figure(value: float | None, name: str, scale: float) -> str:
+    return "–" if value is None else f"{value * scale:.{3 if name == 'MAE' else 2}f}"

@@ -1,0 +1,79 @@
+"""Pictures: training curves, and strips that show points and mask growing over the rounds."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, also where there is no screen
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw
+
+from common.settings import write_atomic
+
+PANEL = 256  # pixels a side of one picture in a strip
+MASK_COLOUR, MASK_SHARE = (30, 120, 255), 0.5  # blue: points are green and red
+FOREGROUND, BACKGROUND = (40, 220, 60), (240, 40, 40)
+
+
+def plot_curves(rows: list[dict], path: Path, title: str) -> None:
+    """One small plot per logged quantity over the log's first column, as PNG."""
+    x_name, *names = rows[0]
+    columns = 3
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.4 * lines), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, names):
+        axis.plot([row[x_name] for row in rows], [row[name] for row in rows], linewidth=1.2)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names):]:
+        axis.axis("off")
+    for axis in axes[-1]:
+        axis.set_xlabel(x_name, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def overlay(picture: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """picture uint8 (S, S, 3) with the bool mask (H, W) laid over it in blue, PANEL pixels a side."""
+    base = Image.fromarray(picture).resize((PANEL, PANEL), Image.BILINEAR)
+    where = Image.fromarray((mask * np.uint8(255 * MASK_SHARE)).astype(np.uint8)).resize((PANEL, PANEL), Image.NEAREST)
+    return Image.composite(Image.new("RGB", base.size, MASK_COLOUR), base, where)
+
+
+def draw_points(panel: Image.Image, points: np.ndarray, labels: np.ndarray, frame: int) -> None:
+    """Marks points (n, 2), (x, y) in the frame: green where the label is 1, red where it is 0."""
+    draw = ImageDraw.Draw(panel)
+    for (x, y), label in zip(points * (PANEL / frame), labels):
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=FOREGROUND if label else BACKGROUND, outline=(255, 255, 255))
+
+
+def strip(picture: np.ndarray, truth: np.ndarray, masks: dict[int, np.ndarray], points: np.ndarray, labels: np.ndarray,
+          frame: int) -> Image.Image:
+    """One row: image, ground truth, then the mask with its points after each of the given rounds.
+
+    truth uint8 (H, W), 1 = foreground; masks round -> bool (H, W); points (2 + T, 2) and labels (2 + T,) in the order
+    of prompting, the first two being P_0.
+    """
+    panels = [("image", overlay(picture, np.zeros((1, 1), bool))), ("ground truth", overlay(picture, truth == 1))]
+    for number, mask in masks.items():
+        panel = overlay(picture, mask)
+        draw_points(panel, points[:2 + number], labels[:2 + number], frame)
+        panels.append((f"round {number}", panel))
+    row = Image.new("RGB", ((PANEL + 4) * len(panels) - 4, PANEL + 18), (255, 255, 255))
+    for index, (caption, panel) in enumerate(panels):
+        row.paste(panel, (index * (PANEL + 4), 18))
+        ImageDraw.Draw(row).text((index * (PANEL + 4) + 4, 3), caption, fill=(0, 0, 0))
+    return row
+
+
+def save_strips(strips: list[Image.Image], path: Path) -> None:
+    """The strips one under the other, as PNG."""
+    sheet = Image.new("RGB", (strips[0].width, sum(one.height + 6 for one in strips)), (255, 255, 255))
+    top = 0
+    for one in strips:
+        sheet.paste(one, (0, top))
+        top += one.height + 6
+    write_atomic(path, lambda temporary: sheet.save(temporary, "PNG"))

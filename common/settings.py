@@ -1,0 +1,188 @@
+"""How every numbered script starts: constants from the command line, errors as sentences, safe writes."""
+
+import contextlib
+import difflib
+import errno
+import math
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "values joined by commas",
+    dict: "one value for all, or name:value pairs joined by commas",
+}
+MENDS = {
+    errno.ENOSPC: "there is no space left to write {}: free some disk space and run the same command again",
+    errno.EDQUOT: "your disk quota does not let {} grow: free some space and run the same command again",
+    errno.EROFS: "{} lies on a read-only file system: choose a folder that can be written to",
+    errno.EEXIST: "{} should be a folder, and a file has that name: move it away or choose another folder",
+    errno.EACCES: "there is no permission to open {}: change its permissions or choose another folder",
+}
+
+
+def run(main: Callable[[], None], constants: dict[str, object]) -> None:
+    """Put the command line's NAME=value into `constants` (the script's `globals()`), then call `main()`.
+
+    What the user can mend ends as one sentence on stderr and exit status 1; Ctrl-C ends with status 130.
+    """
+    try:
+        override(constants, sys.argv[1:])
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in MENDS:
+            raise
+        sys.exit(f"error: {MENDS[error.errno].format(error.filename or 'a file of this run')}")
+
+
+def override(constants: dict[str, object], argv: list[str]) -> None:
+    """Replace UPPER_CASE `constants` by the values in `argv`, each NAME=value read as its default's type.
+
+    A tuple is given as 1,2,3; a dict as one value for all its keys, or as key:value,key:value, where keys
+    that are left out keep their default. `help` prints the constants and exits. Names that start with an
+    underscore, and values of other types, cannot be given. Raises UserError, with nothing replaced.
+    """
+    settable = {
+        name: value
+        for name, value in constants.items()
+        if name.isupper() and name[0] != "_" and isinstance(value, tuple(KINDS)) and value not in ((), {})
+    }
+    if any(argument in ("help", "--help", "-h") for argument in argv):
+        print((constants.get("__doc__") or "").strip())
+        print(f"\nusage: python {Path(sys.argv[0]).name} [NAME=value ...]\n")
+        print("\n".join(f"  {name}={_show(value)}" for name, value in settable.items()))
+        sys.exit(0)
+    listed = "the constants are " + ", ".join(f"{name}={_show(value)}" for name, value in settable.items())
+    given = {}
+    for argument in argv:
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r} is not of the form NAME=value; {listed}")
+        if name not in settable:
+            near = difflib.get_close_matches(name.strip("-").replace("-", "_").upper(), settable, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"there is no constant {name}{hint}; {listed}")
+        try:
+            given[name] = _parse(text, settable[name])
+        except (ValueError, KeyError):
+            kind = KINDS[type(settable[name])]
+            raise UserError(f"{argument} does not read as {kind}; {listed}") from None
+    constants.update(given)
+
+
+def _parse(text: str, default: object) -> object:
+    """`text` as a value of `default`'s type; ValueError or KeyError where it does not read as one."""
+    if isinstance(default, bool):  # before int: a bool is an int
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(default, float):
+        if not math.isfinite(float(text)):
+            raise ValueError(text)
+        return float(text)
+    if isinstance(default, tuple):
+        like = next((item for item in default if isinstance(item, float)), default[0])
+        return tuple(_parse(part, like) for part in text.split(","))
+    if isinstance(default, dict):
+        if ":" not in text:
+            return {key: _parse(text, value) for key, value in default.items()}
+        keys = {str(key): key for key in default}
+        pairs = (part.split(":", 1) for part in text.split(","))
+        return default | {keys[key]: _parse(value, default[keys[key]]) for key, value in pairs}
+    return type(default)(text)
+
+
+def _show(value: object) -> str:
+    """`value` as it would be typed on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(_show, value))
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_show(item)}" for key, item in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def positive(constants: dict[str, object], /, *names: str) -> None:
+    """Raise UserError naming the first of these constants that is not > 0; of a tuple or dict, all items."""
+    for name in names:
+        value = constants[name]
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        if not all(item > 0 for item in items):
+            raise UserError(f"{name}={_show(value)} must be greater than 0")
+
+
+def device(name: str) -> torch.device:
+    """The device called `name`: "cuda", "cuda:1", "mps", "cpu", or "auto", the first there is of these."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, present in there.items() if present))
+    kind, _, index = name.partition(":")
+    present = there.get(kind, False) and (not index or index.isdecimal())
+    if not present or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+        found = ", ".join(kind for kind, present in there.items() if present)
+        raise UserError(f"DEVICE={name} is not on this machine: use DEVICE=auto or one of {found}")
+    return torch.device(name)
+
+
+def run_dir(run_dir: str, task: str) -> Path:
+    """The folder of a run's files: `run_dir`, or runs/<task> where that is empty. It is not made here."""
+    return Path(run_dir).expanduser() if run_dir else Path("runs") / task
+
+
+def features(features: str, run_dir: Path) -> Path:
+    """The path of the cache: `features`, or features.h5 in the run folder where it is empty."""
+    return Path(features).expanduser() if features else run_dir / "features.h5"
+
+
+def goodbye(written: list[Path], script: str, constants: dict[str, object]) -> None:
+    """How a stage ends: prints what it wrote and the command that comes next."""
+    print("wrote " + ", ".join(map(str, written)))
+    given = [f"{name}={constants[name]}" for name in ("TASK", "RUN_DIR", "FEATURES") if constants[name]]
+    print(f"next: python {script} {' '.join(given)}")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's (all devices) global random generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write(temporary path)` make a file beside `path` (same suffix), then put it in `path`'s place.
+
+    A reader, or a run that goes on after a power cut, meets the old file or the new one, never half of one.
+    On any failure the old file stays as it was and the temporary one is removed. OSErrors carry `path`.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # a folder that cannot be written to is an OSError from here, whatever `write` uses
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary), temporary):
+            error.filename = str(path)
+        raise
+    except RuntimeError as error:  # PyTorch's zip writer reports a full disk without an errno
+        if "inline_container.cc" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone already, or the folder itself is what failed
+            temporary.unlink()

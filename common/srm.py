@@ -1,0 +1,86 @@
+"""The semantic recalibration module (paper, section 3.3): tells, for every place, foreground or background.
+
+It reads states on the embedding grid and answers y_r, a foreground probability on the same grid. The implicit branch
+sees the spatial state s_t = F * M alone; the explicit branch also sees the semantic state s_c = F * M_c (Eq. 11).
+"""
+
+import torch
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.errors import UserError
+
+WIDTH = 64  # channels inside either branch: 50 images cannot train more
+HEADS = 4  # of the explicit branch's self-attention
+
+
+def conv_block(before: int, after: int) -> nn.Sequential:
+    """(B, before, h, w) to (B, after, h, w). The norm keeps places visible where M, and so F * M, is small."""
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), LayerNorm2d(after), nn.GELU())
+
+
+class ImplicitSRM(nn.Module):
+    """y_r = head(two convolution blocks(s_t)); for targets that no text names well (blur, mirrors, saliency)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(conv_block(channels, WIDTH), conv_block(WIDTH, WIDTH))
+        self.head = nn.Conv2d(WIDTH, 1, 1)
+
+    def forward(self, s_c: Tensor, s_t: Tensor) -> Tensor:
+        """s_t (B, C, h, w) to logits of y_r (B, h, w), Eq. 12; s_c, of the same shape, is not looked at."""
+        return self.head(self.branch(s_t))[:, 0]
+
+
+class ExplicitSRM(nn.Module):
+    """Three convolutions join s_c and s_t, one self-attention layer relates places, two convolutions decode."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.join = nn.Sequential(conv_block(2 * channels, WIDTH), conv_block(WIDTH, WIDTH), conv_block(WIDTH, WIDTH))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
+        self.attended = nn.Linear(WIDTH, WIDTH)
+        self.decode = conv_block(WIDTH, WIDTH)
+        self.head = nn.Conv2d(WIDTH, 1, 3, padding=1)
+
+    def forward(self, s_c: Tensor, s_t: Tensor) -> Tensor:
+        """s_c and s_t, (B, C, h, w) each, to logits of y_r (B, h, w), Eq. 12."""
+        x = self.join(torch.cat([s_c, s_t], 1))
+        tokens = x.flatten(2).transpose(1, 2)  # (B, h w, WIDTH)
+        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2)
+                   for part in self.query_key_value(self.norm(tokens)).chunk(3, 2))
+        tokens = self.attended(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.head(self.decode(x))[:, 0]
+
+
+def build_srm(branch: str, channels: int) -> ImplicitSRM | ExplicitSRM:
+    """A fresh SRM for embeddings of `channels` channels. Raises UserError unless branch is "implicit" or "explicit"."""
+    branches = {"implicit": ImplicitSRM, "explicit": ExplicitSRM}
+    if branch not in branches:
+        raise UserError(f"BRANCH={branch} is neither implicit nor explicit: set one of them")
+    return branches[branch](channels)
+
+
+def srm_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Eq. 13: Dice + binary cross-entropy of y_r's logits (B, h, w) against y on the grid, a scalar.
+
+    truth (B, h, w): foreground share of each cell in [0, 1], or -1 where there is no truth, which does not count.
+    Both terms are averages over images; Dice is smoothed by one cell.
+    """
+    known = (truth >= 0).float()
+    truth = truth.clamp(min=0)
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, known, reduction="none").sum((1, 2))
+    entropy = entropy / known.sum((1, 2)).clamp(min=1)
+    probability = logits.sigmoid() * known
+    dice = 1 - (2 * (probability * truth).sum((1, 2)) + 1) / (probability.sum((1, 2)) + (truth * known).sum((1, 2)) + 1)
+    return (dice + entropy).mean()
+
+
+def sample_at(values: Tensor, points: Tensor, frame: int) -> Tensor:
+    """Bilinear samples (B, N) of maps (B, h, w) at points (B, N, 2), (x, y) in a frame x frame picture."""
+    where = points[:, :, None].to(values) * (2 / frame) - 1
+    samples = F.grid_sample(values[:, None], where, mode="bilinear", padding_mode="border", align_corners=False)
+    return samples[:, 0, :, 0]

@@ -1,0 +1,86 @@
+"""The tasks: what is segmented, by which text, with which branch of the SRM, and where the data come from."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from common.errors import UserError
+
+# In the order of VOC's palette indices 1 to 20 (0 is the background, 255 is to be ignored).
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)
+DEMO_CLASSES = ("star", "ring", "cross", "leaf", "brick", "ball")  # indices 1 to 6 of the drawn data set
+
+
+@dataclass(frozen=True)
+class Task:
+    """One segmentation task.
+
+    name: what the scripts' constants call it, and what its files are called.
+    title: for figures and messages.
+    dataset: layout on disk, see `common.datasets.FOLDERS`.
+    texts: the prompts for CLIP; label k of a label map (1-based) is the k-th text. One text: a binary task.
+    branch: of the SRM, "implicit" sees s_t only, "explicit" sees s_c and s_t (paper, section 3.3).
+    paper: key of this task in the paper's tables, None where the paper has no such task.
+    class_names: the texts' names in per-class tables.
+    home: where the data set is to be downloaded, "" where there is nothing to download.
+    """
+
+    name: str
+    title: str
+    dataset: Literal["cuhk", "sbu", "msd", "duts", "voc", "folder"]
+    texts: tuple[str, ...]
+    branch: Literal["implicit", "explicit"]
+    paper: str | None
+    class_names: tuple[str, ...]
+    home: str = ""
+
+
+def _paper(name: str, title: str, branch: str, texts: tuple[str, ...], home: str) -> Task:
+    return Task(name, title, name, texts, branch, name, texts, home)
+
+
+def _demo(name: str, title: str, dataset: str, branch: str, *texts: str) -> Task:
+    return Task(name, f"{title} (drawn demo)", dataset, texts, branch, None, texts)
+
+
+# Texts and branches of the paper's five tasks are the paper's (section 4 and Table 4); the drawn demo tasks
+# take the layout and the branch of the one they mimic.
+TASKS = (
+    _paper("cuhk", "Defocus blur (CUHK)", "implicit", ("defocus background",),
+           "http://www.cse.cuhk.edu.hk/leojia/projects/dblurdetect/dataset.html"),
+    _paper("sbu", "Shadow (SBU)", "explicit", ("shadow",),
+           "https://www3.cs.stonybrook.edu/~cvl/content/datasets/shadow_db/SBU-shadow.zip"),
+    _paper("msd", "Mirror (MSD)", "implicit", ("glass",),
+           "https://mhaiyang.github.io/ICCV2019_MirrorNet/index.html"),
+    _paper("duts", "Saliency (DUTS)", "implicit", ("saliency object",),
+           "http://saliencydetection.net/duts/"),
+    _paper("voc", "Semantic segmentation (VOC 2012)", "explicit", VOC_CLASSES,
+           "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"),
+    _demo("demo_blur", "Blur", "cuhk", "implicit", "blurred region"),
+    _demo("demo_shadow", "Shadow", "sbu", "explicit", "shadow"),
+    _demo("demo_mirror", "Mirror", "msd", "implicit", "mirror"),
+    _demo("demo_saliency", "Saliency", "duts", "implicit", "salient object"),
+    _demo("demo_semantic", "Semantic segmentation", "voc", "explicit", *DEMO_CLASSES),
+)
+
+
+def get_task(name: str, prompt: str = "") -> Task:
+    """The task of that name.
+
+    prompt: the text of the task "folder" (your own pictures); the other tasks have texts of their own and
+        ignore it. A folder task takes the explicit branch, since a text names its target; for a target that
+        no text names well, use `dataclasses.replace(task, branch="implicit")`.
+    Raises UserError for an unknown name (listing those there are) and for "folder" without a prompt.
+    """
+    if name == "folder":
+        prompt = prompt.strip()
+        if not prompt:
+            raise UserError('the task "folder" needs a prompt that names what its masks mark, such as "dog"')
+        return Task("folder", f"Own pictures ({prompt})", "folder", (prompt,), "explicit", None, (prompt,))
+    for task in TASKS:
+        if task.name == name:
+            return task
+    names = ", ".join(task.name for task in TASKS)
+    raise UserError(f'there is no task "{name}": choose one of {names}, folder')

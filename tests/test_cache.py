@@ -1,0 +1,464 @@
+"""The feature cache: whole entries only, whatever is killed when; truth that matches the label maps."""
+
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from common.cache import Cache, CacheWriter, Layout, bytes_per_image, truth_at_centres, truth_on_grid
+from common.errors import UserError
+
+LAYOUT = Layout(
+    names=["first", "naïve", "third", "fourth"],
+    splits=["train", "test", "train", "test"],
+    sizes=[(7, 11), (9, 5), (16, 12), (4, 4)],
+    shots=[(2, 0), (0, 1)],
+    texts=["shadow", "glass"],
+    embedding=(8, 4, 4),
+    frame=800,
+    patch=80,
+)
+ATTRIBUTES = {"task": "sbu", "sam": "vit_h", "seed": 0, "versions": {"torch": "2.6"}, "time": "then"}
+WRITES = 8  # calls of os.pwrite for an entry: seven arrays and the flag
+
+
+def entry(row: int) -> dict[str, np.ndarray]:
+    """An image's arrays, different in every row; no label map holds the second text but row 1's and 2's."""
+    rng = np.random.default_rng(row)
+    held = [0, 1, 2, 255] if row in (1, 2) else [0, 1, 255]
+    labels = rng.choice(np.array(held, np.uint8), LAYOUT.sizes[row])
+    return {
+        "embedding": rng.standard_normal(LAYOUT.embedding, np.float32),
+        "maps": rng.random((2, 4, 4), np.float32),
+        "labels": labels,
+        "picture": rng.integers(0, 256, (256, 256, 3), np.uint8),
+    }
+
+
+def write(path: Path, rows: list[int] | None = None) -> None:
+    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
+        for row in writer.missing() if rows is None else rows:
+            writer.write(row, **entry(row))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every dataset and attribute, as plain h5py reads them."""
+    with h5py.File(path, "r") as file:
+        return {name: file[name][:].tobytes() for name in file} | {key: v for key, v in file.attrs.items()}
+
+
+def assert_done_entries_are_whole(path: Path) -> int:
+    """Opens the file with plain h5py and compares each entry that counts as done; returns their number."""
+    with h5py.File(path, "r") as file:
+        done = np.flatnonzero(file["done"][:])
+        for row in done:
+            expected = entry(row)
+            start, end = file["label_offsets"][row : row + 2]
+            assert np.array_equal(file["embeddings"][row], expected["embedding"].astype(np.float16))
+            assert np.array_equal(file["maps"][row], expected["maps"].astype(np.float16))
+            assert np.array_equal(file["pictures"][row], expected["picture"])
+            assert np.array_equal(file["labels"][start:end].reshape(file["sizes"][row]), expected["labels"])
+            present = [(expected["labels"] == 1).any(), (expected["labels"] == 2).any()]
+            assert np.array_equal(file["present"][row], present)
+            for k in range(2):
+                grid = truth_on_grid(expected["labels"], k + 1, (4, 4))
+                centres = truth_at_centres(expected["labels"], k + 1, 800, 80)
+                assert np.array_equal(file["truth_grid"][row, k], grid)
+                assert np.array_equal(file["truth_centres"][row, k], centres)
+    return len(done)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "features.h5"
+
+
+@pytest.fixture
+def complete(path: Path) -> Path:
+    write(path)
+    return path
+
+
+# ---- kills -------------------------------------------------------------------------------------------------
+
+
+def test_plain_h5py_reads_the_file_after_every_single_write(path, monkeypatch):
+    pwrite, counts = os.pwrite, []
+
+    def pwrite_then_read(*args):
+        written = pwrite(*args)
+        counts.append(assert_done_entries_are_whole(path))
+        return written
+
+    monkeypatch.setattr(os, "pwrite", pwrite_then_read)
+    write(path)
+    assert counts == [n // WRITES for n in range(1, 4 * WRITES + 1)]
+
+
+def in_killed_process(work, *args) -> None:
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def write_until_killed(path: Path, fatal: int) -> None:
+    """Writes the whole cache, but stops halfway through the `fatal`-th call of os.pwrite."""
+    pwrite, calls = os.pwrite, []
+
+    def fatal_pwrite(fd, data, offset):
+        calls.append(offset)
+        if len(calls) == fatal:
+            pwrite(fd, data[: len(data) // 2], offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pwrite(fd, data, offset)
+
+    os.pwrite = fatal_pwrite
+    write(path)
+
+
+@pytest.mark.parametrize("fatal", [1, 4, WRITES, WRITES + 3, 2 * WRITES + 7, 4 * WRITES])
+def test_a_killed_run_goes_on_where_it_stopped_and_ends_the_same(path, tmp_path, fatal):
+    in_killed_process(write_until_killed, path, fatal)
+    whole = (fatal - 1) // WRITES
+    assert assert_done_entries_are_whole(path) == whole
+    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
+        assert writer.missing() == list(range(whole, 4))
+    write(path)
+    write(tmp_path / "undisturbed.h5")
+    assert contents(path) == contents(tmp_path / "undisturbed.h5")
+
+
+def create_until_killed(path: Path) -> None:
+    os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
+    write(path)
+
+
+def test_a_kill_while_the_file_is_laid_out_leaves_no_cache_and_no_obstacle(path):
+    in_killed_process(create_until_killed, path)
+    assert [file.name for file in path.parent.iterdir()] == ["features.h5.tmp"]
+    write(path)
+    assert assert_done_entries_are_whole(path) == 4
+    assert [file.name for file in path.parent.iterdir()] == ["features.h5"]
+
+
+def test_an_entry_whose_flag_was_not_set_counts_as_missing(complete):
+    with h5py.File(complete, "r") as file:
+        flag = file["done"].id.get_offset() + 2
+    with open(complete, "r+b") as file:
+        file.seek(flag)
+        file.write(b"\0")
+    with CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES) as writer:
+        assert writer.missing() == [2]
+    with pytest.raises(UserError, match=r"lacks 1 of its 4 images.*01_cache_features.py TASK=sbu"):
+        Cache.open(complete)
+
+
+def test_the_flag_is_set_only_after_the_data_are_synced(path, monkeypatch):
+    calls, pwrite, fsync = [], os.pwrite, os.fsync
+    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
+        monkeypatch.setattr(os, "pwrite", lambda *args: calls.append(len(args[1])) or pwrite(*args))
+        monkeypatch.setattr(os, "fsync", lambda fd: calls.append("sync") or fsync(fd))
+        writer.write(0, **entry(0))
+    assert calls[WRITES - 1 :] == ["sync", 1, "sync"]
+
+
+def test_two_writers_fill_one_file(path):
+    with (
+        CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as one,
+        CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as other,
+    ):
+        for row in (3, 1):
+            one.write(row, **entry(row))
+            other.write(row - 1, **entry(row - 1))
+    assert assert_done_entries_are_whole(path) == 4
+
+
+def test_an_entry_that_is_done_is_left_as_it_is(path):
+    write(path, rows=[0])
+    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
+        writer.write(0, **entry(0) | {"picture": np.zeros((256, 256, 3), np.uint8)})
+    assert assert_done_entries_are_whole(path) == 1
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key, value", [("seed", 1), ("sam", "vit_b"), ("precision", "bfloat16")])
+def test_a_contradiction_names_the_constant_and_both_values(complete, key, value):
+    message = rf"features.h5 .* {key.upper()}={ATTRIBUTES.get(key)}, and now it is {value}: .*delete the file"
+    with pytest.raises(UserError, match=message):
+        CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES | {key: value})
+
+
+def test_another_time_and_other_library_versions_are_no_contradiction(complete):
+    later = ATTRIBUTES | {"time": "now", "versions": {"torch": "2.7"}}
+    with CacheWriter.open_or_create(complete, LAYOUT, later) as writer:
+        assert writer.missing() == []
+
+
+@pytest.mark.parametrize(
+    "field, value, named",
+    [
+        ("names", ["first", "other", "third", "fourth"], "/names: naïve then, other now"),
+        ("splits", ["train", "train", "train", "test"], "/split: test then, train now"),
+        ("sizes", [(7, 11), (9, 6), (16, 12), (4, 4)], r"/sizes: \[9, 5\] then, \[9, 6\] now"),
+        ("shots", [(2, 0)], "/shots: 2 then, 1 now"),
+        ("texts", ["shadow"], r'TEXTS=\["shadow", "glass"\], and now it is \["shadow"\]'),
+        ("patch", 40, "PATCH_SIZE=80, and now it is 40"),
+    ],
+)
+def test_other_images_samples_or_texts_are_a_contradiction(complete, field, value, named):
+    with pytest.raises(UserError, match=named):
+        CacheWriter.open_or_create(complete, replace(LAYOUT, **{field: value}), ATTRIBUTES)
+
+
+def test_too_little_space_is_said_before_anything_is_written(path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    layout = replace(LAYOUT, embedding=(256, 64, 64), texts=["shadow"])
+    needed = sum(bytes_per_image((256, 64, 64), 1, size) for size in LAYOUT.sizes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: usage(0, 0, needed - 1))
+    with pytest.raises(UserError, match=r"features.h5 needs 0.01 GB and its disk has 0.01 GB free: "):
+        CacheWriter.open_or_create(path, layout, ATTRIBUTES)
+    assert list(path.parent.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: usage(0, 0, needed))
+    CacheWriter.open_or_create(path, layout, ATTRIBUTES).close()
+
+
+def test_the_remains_of_a_killed_creation_are_gone_before_space_is_measured(path, monkeypatch):
+    path.parent.mkdir()
+    path.with_name("features.h5.tmp").write_bytes(b"left over")
+    real, found = shutil.disk_usage, []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: found.extend(path.parent.iterdir()) or real(where))
+    CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES).close()
+    assert found == [] and path.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
+def test_the_space_is_reserved_when_the_file_is_created(path):
+    CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES).close()
+    stat = path.stat()
+    assert stat.st_blocks * 512 >= stat.st_size >= sum(bytes_per_image((8, 4, 4), 2, s) for s in LAYOUT.sizes)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_or_quota_that_fills_while_space_is_reserved_ends_in_a_sentence(path, monkeypatch, full):
+    def fill(fd, offset, size):
+        raise OSError(full, os.strerror(full))
+
+    monkeypatch.setattr(os, "posix_fallocate", fill)
+    with pytest.raises(UserError, match=f"features.h5 cannot be created .*{os.strerror(full)}"):
+        CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES)
+    assert [file.stat().st_size for file in path.parent.iterdir()] == [0]  # the reserved space is given back
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
+def test_a_file_system_that_cannot_reserve_space_will_do(path, monkeypatch):
+    def refuse(fd, offset, size):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    write(path)
+    assert assert_done_entries_are_whole(path) == 4
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/features.h5 cannot be created .*set another RUN_DIR"):
+        CacheWriter.open_or_create(tmp_path / "file" / "features.h5", LAYOUT, ATTRIBUTES)
+
+
+def test_a_truncated_file_is_named(complete):
+    os.truncate(complete, complete.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"features.h5 is damaged .*truncated.* delete it and run"):
+        Cache.open(complete)
+    with pytest.raises(UserError, match=r"features.h5 is damaged .*truncated.* delete it and run"):
+        CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES)
+
+
+def test_a_file_that_is_not_hdf5_is_named(path):
+    path.parent.mkdir()
+    path.write_text("no HDF5\n" * 100)
+    with pytest.raises(UserError, match=r"features.h5 is damaged or not a feature cache"):
+        Cache.open(path)
+
+
+def test_an_hdf5_file_of_something_else_is_named(path):
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        file["weights"] = np.zeros(3)
+    with pytest.raises(UserError, match=r"features.h5 is damaged or not a feature cache"):
+        Cache.open(path)
+
+
+def test_arrays_that_do_not_fit_each_other_are_named(complete):
+    with h5py.File(complete, "r+") as file:
+        del file["maps"]
+        file["maps"] = np.zeros((4, 1, 4, 4), np.float16)
+    with pytest.raises(UserError, match=r"/maps is float16 \(4, 1, 4, 4\) and not float16 \(4, 2, 4, 4\)"):
+        Cache.open(complete)
+
+
+def test_another_format_is_named(complete):
+    with h5py.File(complete, "r+") as file:
+        file.attrs["format"] = 99
+    with pytest.raises(UserError, match=r"features.h5 has cache format 99.*delete it and run 01_cache"):
+        Cache.open(complete)
+
+
+def test_a_missing_cache_names_the_script_that_makes_it(path):
+    with pytest.raises(UserError, match=r"features.h5 does not exist: run 01_cache\S+ TASK=msd first"):
+        Cache.open(path, "msd")
+
+
+def test_a_cache_of_another_task_names_both(complete):
+    with pytest.raises(UserError, match=r"features.h5 holds features of sbu, not msd"):
+        Cache.open(complete, "msd")
+
+
+@pytest.mark.parametrize("array", ["embedding", "maps"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])  # 1e6 is infinite in float16
+def test_values_that_are_not_finite_are_refused_with_the_images_name(path, array, bad):
+    CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES).close()
+    before = path.read_bytes()
+    values = entry(1)
+    values[array][1, 2, 3] = bad
+    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
+        with pytest.raises(UserError, match=r"of naïve holds NaN or infinite values"):
+            writer.write(1, **values)
+    assert path.read_bytes() == before
+
+
+def test_an_embedding_that_went_bad_on_the_disk_is_named_when_it_is_read(complete):
+    with h5py.File(complete, "r+") as file:
+        file["embeddings"][1, 0, 0, 0] = np.nan
+    opened = Cache.open(complete)
+    assert opened.embedding([0, 2, 3]).isfinite().all()
+    with pytest.raises(UserError, match=r"features.h5: the embedding of naïve holds NaN"):
+        opened.embeddings(np.array([[0, 0], [1, 0]]))
+
+
+def test_a_label_map_of_another_size_names_the_image(path):
+    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
+        with pytest.raises(UserError, match=r"naïve is now \(5, 9\) pixels, but \(9, 5\) in"):
+            writer.write(1, **entry(1) | {"labels": np.zeros((5, 9), np.uint8)})
+
+
+@pytest.mark.parametrize("array, wrong", [("labels", np.int64), ("picture", np.float32)])
+def test_an_array_of_another_type_is_not_written_over_its_neighbours(path, array, wrong):
+    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=np.dtype(wrong).name):
+            writer.write(1, **entry(1) | {array: entry(1)[array].astype(wrong)})
+    assert path.read_bytes() == before
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def test_samples_are_the_shots_and_the_test_images_with_the_texts_they_hold(complete):
+    opened = Cache.open(complete, "sbu")
+    assert opened.samples("train").tolist() == [[2, 0], [0, 1]]
+    assert opened.samples("test").tolist() == [[1, 0], [1, 1], [3, 0]]
+
+
+def test_an_empty_mask_of_a_binary_task_is_evaluated(path):
+    values = entry(1) | {"labels": np.zeros((9, 5), np.uint8), "maps": entry(1)["maps"][:1]}
+    layout = replace(LAYOUT, names=["naïve"], splits=["test"], sizes=[(9, 5)], shots=[], texts=["shadow"])
+    with CacheWriter.open_or_create(path, layout, ATTRIBUTES) as writer:
+        writer.write(0, **values)
+    opened = Cache.open(path)
+    assert opened.samples("test").tolist() == [[0, 0]]
+    assert opened.samples("train").shape == (0, 2)
+
+
+def test_samples_are_read_in_the_order_asked_for(complete):
+    opened, samples = Cache.open(complete), np.array([[2, 1], [0, 0], [2, 0]])
+    embeddings, maps = opened.embeddings(samples), opened.maps(samples)
+    grid, centres = opened.truth_grid(samples), opened.truth_centres(samples)
+    assert (embeddings.dtype, maps.dtype, grid.dtype) == (torch.float16, torch.float32, torch.float32)
+    for i, (row, text) in enumerate(samples):
+        expected = entry(row)
+        assert np.array_equal(embeddings[i], expected["embedding"].astype(np.float16))
+        assert np.array_equal(maps[i], expected["maps"][text].astype(np.float16))
+        assert np.array_equal(grid[i], truth_on_grid(expected["labels"], text + 1, (4, 4)))
+        assert np.array_equal(centres[i], truth_at_centres(expected["labels"], text + 1, 800, 80))
+
+
+def test_a_samples_labels_are_its_own_text_against_the_rest(complete):
+    labels, stored = Cache.open(complete).labels((2, 1)), entry(2)["labels"]
+    assert labels.dtype == np.uint8 and labels.shape == (16, 12)
+    assert np.array_equal(labels == 1, stored == 2)
+    assert np.array_equal(labels == 255, stored == 255)
+    assert np.array_equal(labels == 0, stored < 2)
+
+
+def test_names_pictures_texts_and_attributes_come_back(complete):
+    opened = Cache.open(complete)
+    assert [opened.name(sample) for sample in [(1, 0), (3, 1)]] == ["naïve", "fourth"]
+    assert np.array_equal(opened.picture((3, 0)), entry(3)["picture"])
+    with h5py.File(complete, "r") as file:  # a utf-8 string for everyone, not for our reader only
+        assert file["names"].asstr()[:].tolist() == LAYOUT.names
+        assert file["split"].asstr()[:].tolist() == LAYOUT.splits
+    assert opened.texts == ("shadow", "glass") and opened.grid == (4, 4)
+    assert opened.attrs["seed"] == 0 and opened.attrs["versions"] == '{"torch": "2.6"}'
+    assert opened.attrs["frame"] == 800 and opened.attrs["patch_size"] == 80
+
+
+def test_one_vit_h_image_takes_the_bytes_of_its_arrays():
+    arrays = 256 * 64 * 64 * 2 + 2 * 64 * 64 * 2 + 100 + 1 + 256 * 256 * 3 + 300 * 400 + 2 * 4 + 1 + 2 * 8
+    assert bytes_per_image((256, 64, 64), 1, (300, 400)) == arrays
+
+
+# ---- truth -------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_holds_the_foreground_share_of_each_cells_valid_area():
+    labels = np.array([[1, 1, 0], [2, 255, 1]], np.uint8)  # a cell of the 2 x 2 grid is 1.5 pixels wide
+    assert truth_on_grid(labels, 1, (2, 2)).tolist() == [[1, float(np.float16(1 / 3))], [0, 1]]
+    assert truth_on_grid(labels, 2, (2, 2)).tolist() == [[0, 0], [1, 0]]
+
+
+def test_a_cell_that_is_ignored_altogether_is_minus_one():
+    labels = np.array([[255, 255, 1, 255]], np.uint8)
+    assert truth_on_grid(labels, 1, (1, 2)).tolist() == [[-1, 1]]
+    assert truth_on_grid(labels, 1, (1, 8)).tolist() == [[-1, -1, -1, -1, 1, 1, -1, -1]]
+
+
+@pytest.mark.parametrize("size", [(7, 11), (40, 24), (2, 5)])
+def test_the_grid_is_torchs_mean_over_the_map_with_every_pixel_repeated(size):
+    labels = np.random.default_rng(0).choice(np.array([0, 1, 2, 255], np.uint8), size)
+    fine = torch.from_numpy(labels).repeat_interleave(5, 0).repeat_interleave(3, 1)[None]
+    foreground, valid = (
+        torch.nn.functional.adaptive_avg_pool2d(mask.double(), (5, 3))[0] for mask in (fine == 1, fine != 255)
+    )
+    expected = torch.where(valid > 0, foreground / valid, -1.0)
+    np.testing.assert_allclose(truth_on_grid(labels, 1, (5, 3)), expected, atol=5e-4)
+
+
+def test_truth_at_centres_reads_the_pixel_under_each_centre_row_by_row():
+    labels = np.array([[1, 2, 255], [0, 1, 1]], np.uint8)  # centres 1, 3 of 4: columns 0, 2, rows 0, 1
+    assert truth_at_centres(labels, 1, frame=4, patch=2).tolist() == [1, 255, 0, 1]
+    assert truth_at_centres(labels, 2, frame=4, patch=2).tolist() == [0, 255, 0, 0]
+
+
+def test_the_patch_of_a_centre_is_row_times_ten_plus_column():
+    labels = np.zeros((10, 10), np.uint8)
+    labels[3, 7] = 1
+    assert np.flatnonzero(truth_at_centres(labels, 1, 800, 80)).tolist() == [37]
+
+
+def test_a_centre_on_the_edge_of_two_pixels_takes_the_one_that_starts_there():
+    labels = np.zeros((1, 180), np.uint8)
+    labels[0, 9::18] = 1  # centre c lies at pixel coordinate 18 c + 9; in floats, 280 / 800 * 180 is below 63
+    assert truth_at_centres(labels, 1, 800, 80).tolist() == [1] * 100

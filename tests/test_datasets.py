@@ -1,0 +1,461 @@
+"""Every layout in miniature, and the oddities of real picture files."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import datasets
+from common.datasets import Sample, check_trainable, image_size, list_samples, load_image, load_labels
+from common.errors import UserError
+from common.tasks import TASKS, get_task
+
+PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [90] * 756  # VOC's first four colours, then grey
+LAYOUTS = {
+    "sbu": [("train", "SBUTrain4KRecoveredSmall/ShadowImages", "SBUTrain4KRecoveredSmall/ShadowMasks"),
+            ("test", "SBU-Test/ShadowImages", "SBU-Test/ShadowMasks")],
+    "msd": [("train", "train/image", "train/mask"), ("test", "test/image", "test/mask")],
+    "duts": [("train", "DUTS-TR/DUTS-TR-Image", "DUTS-TR/DUTS-TR-Mask"),
+             ("test", "DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask")],
+    "folder": [("train", "train/images", "train/masks"), ("test", "test/images", "test/masks")],
+}
+VOC = "VOCdevkit/VOC2012"
+
+
+def task_of(name):
+    return get_task(name, prompt="dog" if name == "folder" else "")
+
+
+def save(path, values, **options):
+    """values: an array, or an Image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = values if isinstance(values, Image.Image) else Image.fromarray(values)
+    picture.save(path, **options)
+    return path
+
+
+def half(height=6, width=8, top=255):
+    """A mask whose left half is foreground."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, : width // 2] = top
+    return mask
+
+
+def picture(height=6, width=8):
+    return np.full((height, width, 3), 90, np.uint8)
+
+
+def pair(images, masks, name):
+    save(images / f"{name}.jpg", picture())
+    save(masks / f"{name}.png", half())
+
+
+def make(root, name):
+    for split, images, masks in LAYOUTS[name]:
+        for stem in ("b", "a"):
+            pair(root / images, root / masks, f"{split}_{stem}")
+    return root
+
+
+def make_cuhk(root, count):
+    for index in range(1, count + 1):
+        pair(root / "image", root / "gt", f"out_of_focus{index:04d}")
+    pair(root / "image", root / "gt", "motion0001")
+    save(root / "image" / "motion0002.jpg", picture())  # without a mask, and nobody minds
+    return root
+
+
+def palette_mask(indices):
+    mask = Image.fromarray(np.asarray(indices, np.uint8))
+    mask.putpalette(PALETTE)
+    return mask
+
+
+def make_voc(root, train=("c", "a"), test=("b",), listed_only=("unlisted",)):
+    for name in (*train, *test):
+        save(root / VOC / "JPEGImages" / f"{name}.jpg", picture(2, 4))
+        save(root / VOC / "SegmentationClass" / f"{name}.png",
+             palette_mask([[0, 1, 2, 255], [0, 0, 20, 255]]))
+    for name in listed_only:
+        save(root / VOC / "JPEGImages" / f"{name}.jpg", picture(2, 4))
+    lists = root / VOC / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(train) + "\n")
+    (lists / "val.txt").write_text("\r\n".join(test) + "\r\n")
+    return root
+
+
+def names(samples, split):
+    return [sample.name for sample in samples if sample.split == split]
+
+
+def one(tmp_path, image=None, mask=None, exif=b"", mask_name="x.png"):
+    """A sample of files made here: an image and a mask (arrays or Images)."""
+    image_file = save(tmp_path / "images" / "x.jpg", picture() if image is None else image, exif=exif)
+    mask_file = save(tmp_path / "masks" / mask_name, half() if mask is None else mask)
+    return Sample("x", image_file, mask_file, "train")
+
+
+def labels_of(sample, task="folder"):
+    return load_labels(sample, task_of(task), load_image(sample.image).shape[:2])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_two_splits_are_found_in_their_authors_folders(tmp_path, name):
+    samples = list_samples(task_of(name), make(tmp_path, name))
+    assert [(s.split, s.name) for s in samples] == [
+        ("train", "train_a"), ("train", "train_b"), ("test", "test_a"), ("test", "test_b")]
+    _, images, masks = LAYOUTS[name][0]
+    assert samples[0].image == tmp_path / images / "train_a.jpg"
+    assert samples[0].mask == tmp_path / masks / "train_a.png"
+    assert labels_of(samples[0], name).tolist() == half(top=1).tolist()
+
+
+@pytest.mark.parametrize("count, tested", [(704, 100), (20, 3), (4, 1)])
+def test_cuhk_tests_on_the_last_hundred_or_seventh_without_motion_blur(tmp_path, monkeypatch, count, tested):
+    monkeypatch.setattr(Image.Image, "save", lambda self, path: path.touch())  # listing opens no picture
+    samples = list_samples(get_task("cuhk"), make_cuhk(tmp_path, count))
+    stems = [f"out_of_focus{index:04d}" for index in range(1, count + 1)]
+    assert names(samples, "train") == stems[:-tested]
+    assert names(samples, "test") == stems[-tested:]
+
+
+def test_a_list_file_overrides_the_test_images_of_cuhk(tmp_path, capsys):
+    make_cuhk(tmp_path, 4)
+    lines = "\ufeffout_of_focus0003\r\n\r\nimage/out_of_focus0001.jpg \r\n"  # as Windows' editor saves it
+    (tmp_path / "test.txt").write_bytes(lines.encode())
+    samples = list_samples(get_task("cuhk"), tmp_path)
+    assert [(s.split, s.name[-4:]) for s in samples] == [
+        ("train", "0002"), ("train", "0004"), ("test", "0001"), ("test", "0003")]
+    assert "test.txt" in capsys.readouterr().out
+
+
+def test_a_name_in_the_list_file_that_is_no_image_is_named(tmp_path):
+    make_cuhk(tmp_path, 4)
+    (tmp_path / "test.txt").write_bytes(b"out_of_focus0001\nmotion0001\n\xe9\n")  # nor is it UTF-8
+    with pytest.raises(UserError, match=r"test\.txt names motion0001, \ufffd,"):
+        list_samples(get_task("cuhk"), tmp_path)
+
+
+def test_white_is_blurred_in_cuhk_unless_the_constant_is_flipped(tmp_path, monkeypatch, capsys):
+    make_cuhk(tmp_path, 4)
+    first = list_samples(get_task("cuhk"), tmp_path)[0]
+    assert "white in the masks is taken to be blurred" in capsys.readouterr().out
+    assert labels_of(first, "cuhk").tolist() == half(top=1).tolist()
+    monkeypatch.setattr(datasets, "CUHK_WHITE_IS_BLURRED", False)
+    assert labels_of(first, "cuhk").tolist() == (1 - half(top=1)).tolist()
+    assert labels_of(first, "demo_blur").tolist() == half(top=1).tolist()
+
+
+def test_only_the_names_in_vocs_lists_count(tmp_path):
+    samples = list_samples(get_task("voc"), make_voc(tmp_path))
+    assert names(samples, "train") == ["a", "c"]
+    assert names(samples, "test") == ["b"]
+
+
+@pytest.mark.parametrize("folder, extension", [("JPEGImages", "jpg"), ("SegmentationClass", "png")])
+def test_a_listed_name_without_its_file_is_named(tmp_path, folder, extension):
+    make_voc(tmp_path)
+    (tmp_path / VOC / folder / f"c.{extension}").unlink()
+    with pytest.raises(UserError, match=rf"{folder} has no c:"):
+        list_samples(get_task("voc"), tmp_path)
+
+
+def test_a_name_in_both_of_vocs_lists_is_named(tmp_path):
+    with pytest.raises(UserError, match="both name a:"):
+        list_samples(get_task("voc"), make_voc(tmp_path, train=("a", "c"), test=("a", "b")))
+
+
+def test_the_drawn_tasks_use_the_layouts_they_mimic(tmp_path):
+    assert len(list_samples(get_task("demo_mirror"), make(tmp_path / "msd", "msd"))) == 4
+    assert len(list_samples(get_task("demo_blur"), make_cuhk(tmp_path / "cuhk", 4))) == 4
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_a_missing_data_set_is_told_with_its_folders_and_its_home(tmp_path, task):
+    with pytest.raises(UserError) as error:
+        list_samples(task, tmp_path / "nowhere")
+    expected = {"cuhk": ("image", "gt"), "voc": (f"{VOC}/JPEGImages", "Segmentation/train.txt")}.get(
+        task.dataset) or [folder for row in LAYOUTS[task.dataset] for folder in row[1:]]
+    assert all(folder in str(error.value) for folder in expected)
+    assert "nowhere" in str(error.value)
+    assert ("http" in str(error.value)) == (task.paper is not None)
+
+
+def test_only_the_missing_folders_are_called_missing(tmp_path):
+    make(tmp_path, "sbu")
+    for file in (tmp_path / "SBU-Test/ShadowMasks").iterdir():
+        file.unlink()
+    (tmp_path / "SBU-Test/ShadowMasks").rmdir()
+    with pytest.raises(UserError, match=r"has no SBU-Test/ShadowMasks: get the data set from https://www3\."):
+        list_samples(get_task("sbu"), tmp_path)
+
+
+def test_a_missing_list_of_voc_is_named(tmp_path):
+    make_voc(tmp_path)
+    (tmp_path / VOC / "ImageSets/Segmentation/val.txt").unlink()
+    with pytest.raises(UserError, match=r"has no VOCdevkit/VOC2012/ImageSets/Segmentation/val\.txt:"):
+        list_samples(get_task("voc"), tmp_path)
+
+
+def test_an_empty_split_is_named(tmp_path):
+    make(tmp_path, "duts")
+    for file in (tmp_path / "DUTS-TE").rglob("*.*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no test images"):
+        list_samples(get_task("duts"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["msd", "cuhk"])
+def test_an_image_without_a_mask_is_named(tmp_path, name):
+    make_cuhk(tmp_path, 4) if name == "cuhk" else make(tmp_path, name)
+    lonely = {"msd": "test/image/lonely.jpg", "cuhk": "image/out_of_focus0009.jpg"}[name]
+    save(tmp_path / lonely, picture())
+    with pytest.raises(UserError, match=f"has nothing for {(tmp_path / lonely).name}:"):
+        list_samples(get_task(name), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["msd", "cuhk"])
+def test_a_mask_without_an_image_is_named(tmp_path, name):
+    make_cuhk(tmp_path, 4) if name == "cuhk" else make(tmp_path, name)
+    stray = {"msd": "train/mask/stray.png", "cuhk": "gt/out_of_focus0009.png"}[name]
+    save(tmp_path / stray, half())
+    with pytest.raises(UserError, match=f"has nothing for {(tmp_path / stray).name}:"):
+        list_samples(get_task(name), tmp_path)
+
+
+def test_extensions_count_in_any_case_and_hidden_files_do_not(tmp_path):
+    make(tmp_path, "folder")
+    images, masks = tmp_path / "train/images", tmp_path / "train/masks"
+    for stem, image, mask in (("u", "JPG", "PNG"), ("v", "jpeg", "Png"), ("w", "PNG", "JPG")):
+        save(images / f"{stem}.{image}", picture())
+        save(masks / f"{stem}.{mask}", half())
+    (images / "._u.jpg").write_bytes(b"left by macOS")
+    (images / "Thumbs.db").write_bytes(b"left by Windows")
+    samples = list_samples(task_of("folder"), tmp_path)
+    assert names(samples, "train") == ["train_a", "train_b", "u", "v", "w"]
+    assert [load_image(sample.image).shape for sample in samples] == [(6, 8, 3)] * len(samples)
+
+
+def test_two_images_that_share_one_mask_are_named(tmp_path):
+    make(tmp_path, "folder")
+    save(tmp_path / "train/images/train_a.png", picture())
+    with pytest.raises(UserError, match=r"train_a\.jpg and train_a\.png"):
+        list_samples(task_of("folder"), tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_grey_and_cmyk_jpegs_come_out_as_rgb(tmp_path, mode):
+    colour = {"L": 128, "RGB": (200, 30, 60), "CMYK": (55, 225, 195, 0)}[mode]
+    path = save(tmp_path / "x.jpg", Image.new(mode, (16, 8), colour), quality=95)
+    image = load_image(path)
+    expected = (128, 128, 128) if mode == "L" else (200, 30, 60)
+    assert image.shape == (8, 16, 3) and image.dtype == np.uint8
+    assert np.abs(image.astype(int) - expected).max() <= 6  # JPEG's loss
+
+
+def test_palette_and_16_bit_pngs_come_out_as_rgb(tmp_path):
+    path = save(tmp_path / "palette.png", palette_mask([[0, 1], [2, 3]]))
+    assert load_image(path).reshape(4, 3).tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    path = save(tmp_path / "deep.png", np.array([[0, 0x8000, 0xFFFF]], np.uint16))
+    assert load_image(path)[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+
+
+# Where the stored top left corner is seen, by EXIF 2.3's table of orientations.
+SEEN_AT = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+
+
+def photograph(orientation):
+    """16 x 48 stored pixels whose top left 8 x 8 are white, and the EXIF to save them with."""
+    stored = np.zeros((16, 48), np.uint8)
+    stored[:8, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return stored, exif
+
+
+def seen(orientation):
+    """The label map of a photograph's white corner as it is viewed."""
+    labels = np.zeros((48, 16) if orientation >= 5 else (16, 48), np.uint8)
+    row, column = SEEN_AT[orientation]
+    labels[(slice(8), slice(-8, None))[row], (slice(8), slice(-8, None))[column]] = 1
+    return labels
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", SEEN_AT)
+def test_photographs_are_turned_as_exif_says(tmp_path, orientation, extension):
+    stored, exif = photograph(orientation)
+    path = save(tmp_path / f"x.{extension}", stored, exif=exif)
+    image = load_image(path)
+    assert ((image[..., 0] > 127) == seen(orientation)).all()
+    assert image_size(path) == image.shape[:2] == seen(orientation).shape
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("orientation", SEEN_AT)
+def test_a_mask_of_the_viewed_photograph_is_left_as_it_is(tmp_path, orientation, scale):
+    stored, exif = photograph(orientation)
+    mask = 255 * seen(orientation).repeat(scale, 0).repeat(scale, 1)
+    sample = one(tmp_path, stored, mask, exif)
+    assert (labels_of(sample) == seen(orientation)).all()
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_mask_of_the_stored_pixels_is_turned_with_its_photograph(tmp_path, orientation, scale):
+    stored, exif = photograph(orientation)
+    sample = one(tmp_path, stored, stored.repeat(scale, 0).repeat(scale, 1), exif)
+    assert (labels_of(sample) == seen(orientation)).all()
+
+
+def test_a_nearly_square_mask_of_the_stored_pixels_is_still_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # seen a quarter turn clockwise
+    sample = one(tmp_path, picture(100, 101), half(100, 101), exif)
+    labels = labels_of(sample)
+    assert labels.shape == (101, 100)
+    assert labels[:50].all() and not labels[51:].any()
+
+
+def test_a_mask_of_a_square_photograph_is_taken_as_viewed(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert labels_of(one(tmp_path, picture(8, 8), half(8, 8), exif)).tolist() == half(8, 8, top=1).tolist()
+
+
+def test_the_size_is_read_from_the_header_of_a_jpeg(tmp_path, monkeypatch):
+    path = save(tmp_path / "x.jpg", picture(30, 40))
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", lambda self: pytest.fail("decoded"))
+    assert image_size(path) == (30, 40)
+
+
+@pytest.mark.parametrize("read", [load_image, image_size])
+@pytest.mark.parametrize("content", [b"", b"not a picture"])
+def test_a_file_that_is_no_picture_is_named(tmp_path, read, content):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.jpg"):
+        read(path)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_a_truncated_image_is_named(tmp_path, extension):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = save(tmp_path / f"short.{extension}", noise)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=rf"short\.{extension}"):
+        load_image(path)
+
+
+def bilevel():
+    return Image.fromarray(half()).convert("1")
+
+
+def grey_palette():
+    mask = Image.fromarray(half(top=1))
+    mask.putpalette([0, 0, 0, 255, 255, 255])
+    return mask
+
+
+@pytest.mark.parametrize("mask", [
+    half(), half(top=128), half(top=1), half().repeat(3).reshape(6, 8, 3), bilevel(), grey_palette(),
+    half().astype(np.uint16) * 257, half(top=1).astype(np.uint16)],
+    ids=["255", "128", "0 and 1", "RGB", "1 bit", "palette", "16 bit", "16 bit, 0 and 1"])
+def test_binary_masks_of_any_mode_are_read(tmp_path, mask):
+    labels = labels_of(one(tmp_path, mask=mask))
+    assert labels.dtype == np.uint8
+    assert labels.tolist() == half(top=1).tolist()
+
+
+def test_grey_levels_up_to_127_are_background(tmp_path):
+    mask = half()
+    mask[:, 4:] = 127
+    assert labels_of(one(tmp_path, mask=mask)).tolist() == half(top=1).tolist()
+
+
+def test_a_binary_mask_that_holds_class_numbers_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"x\.png end at 15"):
+        labels_of(one(tmp_path, mask=half(top=15)))
+
+
+def test_the_noise_of_an_empty_jpeg_mask_is_background(tmp_path):
+    assert not labels_of(one(tmp_path, mask=half(top=3), mask_name="x.jpg")).any()
+
+
+def test_voc_masks_are_read_as_indices_with_255_kept(tmp_path):
+    sample = list_samples(get_task("voc"), make_voc(tmp_path))[0]
+    with Image.open(sample.mask) as stored:
+        assert stored.mode == "P"
+    assert labels_of(sample, "voc").tolist() == [[0, 1, 2, 255], [0, 0, 20, 255]]
+
+
+def test_an_index_beyond_the_classes_is_named_with_its_file(tmp_path):
+    sample = list_samples(get_task("voc"), make_voc(tmp_path))[0]
+    with pytest.raises(UserError, match=r"a\.png holds the index 20,.* 1 to 6"):
+        labels_of(sample, "demo_semantic")
+
+
+def test_a_voc_mask_saved_as_colours_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"x\.png holds RGB pixels"):
+        labels_of(one(tmp_path, mask=picture()), "voc")
+
+
+def test_a_mask_of_another_size_is_resized_to_the_nearest_label(tmp_path):
+    mask = np.array([[0, 1, 20], [255, 2, 0]], np.uint8)
+    labels = labels_of(one(tmp_path, picture(4, 6), palette_mask(mask)), "voc")
+    assert labels.tolist() == mask.repeat(2, 0).repeat(2, 1).tolist()
+
+
+@pytest.mark.parametrize("width, fits", [(985, True), (1015, True), (975, False), (1025, False)])
+def test_a_mask_may_differ_from_its_images_aspect_by_2_percent(tmp_path, width, fits):
+    sample = one(tmp_path, picture(200, 200), half(1000, width))
+    if fits:
+        assert labels_of(sample).shape == (200, 200)
+    else:
+        with pytest.raises(UserError, match=rf"x\.png is {width} x 1000, .* x\.jpg of 200 x 200"):
+            labels_of(sample)
+
+
+def test_a_mask_that_is_no_picture_is_named(tmp_path):
+    sample = one(tmp_path)
+    sample.mask.write_text("polygons")
+    with pytest.raises(UserError, match=r"x\.png"):
+        labels_of(sample)
+
+
+@pytest.mark.parametrize("labels, state", [
+    ([[0, 0]], "empty"), ([[1, 1]], "full"), ([[0, 255]], "empty"), ([[3, 255]], "full"),
+    ([[255, 255]], "empty")])
+def test_an_empty_or_full_training_mask_is_named(tmp_path, labels, state):
+    with pytest.raises(UserError, match=rf"x\.png is {state}.* x\.jpg "):
+        check_trainable(np.array(labels, np.uint8), one(tmp_path))
+
+
+@pytest.mark.parametrize("labels", [[[0, 1]], [[2, 3]], [[0, 255, 20]]])
+def test_a_mask_with_something_and_something_else_can_be_trained_on(tmp_path, labels):
+    check_trainable(np.array(labels, np.uint8), one(tmp_path))
+
+
+def test_the_papers_tasks_have_the_papers_texts_and_branches():
+    told = {task.name: (task.texts, task.branch) for task in TASKS if task.paper}
+    voc = told.pop("voc")
+    assert told == {"cuhk": (("defocus background",), "implicit"), "sbu": (("shadow",), "explicit"),
+                    "msd": (("glass",), "implicit"), "duts": (("saliency object",), "implicit")}
+    assert voc[1] == "explicit" and len(voc[0]) == 20
+    assert [voc[0].index(name) + 1 for name in ("aeroplane", "cat", "person", "tvmonitor")] == [1, 8, 15, 20]
+
+
+def test_a_folder_task_takes_its_prompt_as_text():
+    task = get_task("folder", " polyp ")
+    assert task.texts == task.class_names == ("polyp",)
+    assert (task.branch, task.paper) == ("explicit", None)
+
+
+def test_a_folder_task_without_a_prompt_is_refused():
+    with pytest.raises(UserError, match="prompt"):
+        get_task("folder")
+
+
+def test_an_unknown_task_is_answered_with_those_there_are():
+    with pytest.raises(UserError, match=r"cuhk, sbu, msd, duts, voc, demo_blur, .*, folder"):
+        get_task("coco")

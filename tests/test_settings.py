@@ -1,0 +1,256 @@
+"""Constants from the command line, errors as sentences with an exit status, writes that are never half."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UserError
+from common.settings import device, override, positive, run, run_dir, seed_everything, write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def constants() -> dict[str, object]:
+    return {
+        "__doc__": "Trains the agent.",
+        "ROUNDS": 15,
+        "LR": 1e-4,
+        "NORM": False,
+        "TASK": "demo",
+        "SIZES": (1, 2),
+        "SRM_STEPS": {"implicit": 1, "explicit": 5},
+        "lower": 3,
+        "_PRIVATE": 4,
+        "NOTHING": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("ROUNDS=10", 10),
+        ("LR=3", 3.0),
+        ("LR=1e-3", 0.001),
+        ("NORM=true", True),
+        ("NORM=1", True),
+        ("NORM=False", False),
+        ("TASK=a=b", "a=b"),
+        ("TASK=", ""),
+        ("SIZES=4,5,6", (4, 5, 6)),
+        ("SIZES=4", (4,)),
+        ("SRM_STEPS=3", {"implicit": 3, "explicit": 3}),
+        ("SRM_STEPS=implicit:2,explicit:4", {"implicit": 2, "explicit": 4}),
+        ("SRM_STEPS=explicit:4", {"implicit": 1, "explicit": 4}),
+    ],
+)
+def test_a_value_is_read_as_its_constants_type(argument, value):
+    given = constants()
+    override(given, [argument])
+    name = argument.split("=")[0]
+    assert given[name] == value and type(given[name]) is type(value)
+    assert given == constants() | {name: value}
+
+
+@pytest.mark.parametrize(
+    "argument",
+    "ROUNDS=10.5 ROUNDS= LR=fast LR=nan NORM=yes SIZES=1,,2 SIZES=1.5 SRM_STEPS=other:2".split(),
+)
+def test_a_value_of_another_type_is_refused(argument):
+    given = constants()
+    with pytest.raises(UserError, match=f"^{argument} does not read as .*ROUNDS=15.*=implicit:1,explicit:5$"):
+        override(given, ["TASK=sbu", argument])
+    assert given == constants()
+
+
+@pytest.mark.parametrize("argument", ["ROUND=3", "rounds=3", "--rounds=3"])
+def test_an_unknown_constant_is_refused_with_the_nearest_name(argument):
+    with pytest.raises(UserError, match="did you mean ROUNDS"):
+        override(constants(), [argument])
+
+
+@pytest.mark.parametrize("name", ["lower", "_PRIVATE", "NOTHING", "__doc__"])
+def test_only_constants_of_plain_types_can_be_given(name):
+    with pytest.raises(UserError, match=f"there is no constant {name}"):
+        override(constants(), [f"{name}=3"])
+
+
+def test_an_argument_that_is_not_name_value_is_refused():
+    with pytest.raises(UserError, match="'ROUNDS' is not of the form NAME=value"):
+        override(constants(), ["ROUNDS", "3"])
+
+
+@pytest.mark.parametrize("word", ["help", "--help"])
+def test_help_lists_the_constants_and_exits_with_0(word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        override(constants(), ["ROUNDS=3", word])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "Trains the agent." in printed and "NAME=value" in printed
+    assert {"ROUNDS=15", "NORM=false", "SIZES=1,2", "SRM_STEPS=implicit:1,explicit:5"} <= set(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ROUNDS", 0), ("LR", -1.0), ("SIZES", (1, 0)), ("SRM_STEPS", {"a": 0})]
+)
+def test_a_constant_that_must_be_positive_is_named(name, value):
+    positive(constants(), "ROUNDS", "LR", "SIZES", "SRM_STEPS")
+    with pytest.raises(UserError, match=f"^{name}=.* greater than 0"):
+        positive(constants() | {name: value}, "ROUNDS", "LR", "SIZES", "SRM_STEPS")
+
+
+def test_a_script_prints_one_sentence_and_exits_with_1(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from common.settings import run\nROUNDS = 15\n\n\ndef main():\n    print(ROUNDS * 2)\n\n\n"
+        'if __name__ == "__main__":\n    run(main, globals())\n'
+    )
+
+    def call(argument):
+        command = [sys.executable, script, argument]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    good, bad = call("ROUNDS=4"), call("ROUNDS=four")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "8\n", "")
+    assert bad.returncode == 1 and bad.stdout == ""
+    assert bad.stderr == "error: ROUNDS=four does not read as a whole number; the constants are ROUNDS=15\n"
+
+
+@pytest.fixture
+def stopped(monkeypatch, capsys):
+    """Runs a main that raises `error`; gives the exit code and what Python would leave on stderr."""
+
+    def call(error):
+        def main():
+            raise error
+
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+        with pytest.raises(SystemExit) as stop:
+            run(main, {})
+        return stop.value.code, capsys.readouterr().err
+
+    return call
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(stopped):
+    code, printed = stopped(KeyboardInterrupt())
+    assert code == 130 and printed.strip() == "stopped; run the same command to go on"
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [(errno.ENOSPC, "free some"), (errno.EROFS, "choose a folder"), (errno.EACCES, "change its permissions")],
+)
+def test_a_disk_error_names_the_path_and_the_mend(stopped, number, mend):
+    code, _ = stopped(OSError(number, os.strerror(number), "runs/demo/agent.pt"))
+    assert code.startswith("error: ") and "runs/demo/agent.pt" in code and mend in code
+
+
+def test_an_error_that_the_user_cannot_mend_is_not_hidden(monkeypatch):
+    def main():
+        raise OSError(errno.EIO, "I/O error", "x")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(OSError, match="I/O error"):
+        run(main, {})
+
+
+def test_auto_takes_the_accelerator_there_is(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device("auto") == torch.device("cpu")
+
+
+def test_a_device_that_is_absent_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device("cuda:1") == torch.device("cuda:1")
+    for name in ("cuda:2", "cuda:x", "gpu", ""):
+        with pytest.raises(UserError, match=f"DEVICE={name} is not on this machine.*cuda"):
+            device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="DEVICE=cuda is not on this machine"):
+        device("cuda")
+
+
+def test_a_run_lies_under_runs_unless_a_folder_is_given():
+    assert run_dir("", "sbu") == Path("runs/sbu")
+    assert run_dir("elsewhere", "sbu") == Path("elsewhere")
+
+
+def test_a_seed_repeats_every_generator():
+    import random
+
+    import numpy as np
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    seed_everything(3)
+    first = draw()
+    assert all(a != b for a, b in zip(first, draw()))
+    seed_everything(3)
+    assert draw() == first
+
+
+def test_a_write_replaces_the_file_whole(tmp_path):
+    path = tmp_path / "new" / "log.csv"
+    seen = []
+
+    def write(temporary):
+        seen.append(temporary)
+        temporary.write_text("second")
+        assert not path.exists() or path.read_text() == "first"
+
+    write_atomic(path, lambda temporary: temporary.write_text("first"))
+    write_atomic(path, write)
+    assert path.read_text() == "second" and os.listdir(path.parent) == ["log.csv"]
+    assert seen[0].suffix == ".csv" and seen[0].parent == path.parent and seen[0] != path
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, error):
+    path = tmp_path / "agent.pt"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half of i")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_atomic(path, write)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["agent.pt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to stand for a full disk")
+@pytest.mark.parametrize(
+    "save", [lambda full: full.write_bytes(b"x"), lambda full: torch.save(torch.zeros(10**6), full)]
+)
+def test_a_full_disk_is_named_by_the_path_that_was_asked_for(tmp_path, save):
+    def write(temporary):
+        temporary.unlink()
+        temporary.symlink_to("/dev/full")
+        save(temporary)
+
+    with pytest.raises(OSError) as failure:
+        write_atomic(tmp_path / "agent.pt", write)
+    assert failure.value.errno == errno.ENOSPC and failure.value.filename == str(tmp_path / "agent.pt")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_a_folders_place_is_named(tmp_path, stopped):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(FileExistsError) as failure:
+        write_atomic(tmp_path / "runs" / "log.csv", lambda temporary: None)
+    code, _ = stopped(failure.value)
+    assert f"{tmp_path / 'runs'} should be a folder" in code
