@@ -51,6 +51,8 @@ FEATURES = ""  # the cache; empty = features.h5 in the run folder
 
 def main() -> None:
     settings.positive(globals(), "SHOTS", "IMAGE_SIZE", "PATCH_SIZE", "BATCH_SIZE", "WORKERS")
+    if IMAGE_SIZE % PATCH_SIZE:
+        raise settings.UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one that does")
     device = settings.device(DEVICE)
     task = get_task(TASK, PROMPT)
     data_dir = Path(DATA_DIR or f"data/{TASK}").expanduser()

@@ -33,6 +33,7 @@ RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 SAVE_EVERY = 100  # steps that a kill may cost
+LOG_EVERY = 10  # steps between rows of the log, each of one batch
 
 
 def reach_state(kind: float, episode: Episode, srm: torch.nn.Module, labels: list, generator: torch.Generator) -> None:
@@ -54,12 +55,13 @@ def reach_state(kind: float, episode: Episode, srm: torch.nn.Module, labels: lis
 
 def accuracy(srm: torch.nn.Module, episode: Episode, truth: torch.Tensor) -> tuple[float, float]:
     """Share of candidate points labelled right, over foreground and over background points of truth (B, A)."""
-    right = (sample_at(episode.foreground(srm), episode.centres.expand(len(truth), -1, -1), episode.frame) > 0.5) == (truth == 1)
+    centres = episode.centres.expand(len(truth), -1, -1)
+    right = (sample_at(episode.foreground(srm), centres, episode.frame) > 0.5) == (truth == 1)
     return right[truth == 1].float().mean().item(), right[truth == 0].float().mean().item()
 
 
 def main() -> None:
-    settings.positive(globals(), "STEPS", "SRM_BATCH", "LEARNING_RATE", "ROUNDS", "HELD_OUT", "SAVE_EVERY")
+    settings.positive(globals(), "STEPS", "SRM_BATCH", "LEARNING_RATE", "ROUNDS", "HELD_OUT", "SAVE_EVERY", "LOG_EVERY")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK)
@@ -91,7 +93,6 @@ def main() -> None:
         generator.set_state(saved["generator"])
         log, step = saved["log"], saved["step"]
 
-    sums = [0.0, 0.0, 0.0]
     for step in tqdm(range(step + 1, STEPS + 1), "training the SRM", initial=step, total=STEPS):
         # a batch of samples, prompted into some state
         rows = torch.randperm(len(samples), generator=generator)[:SRM_BATCH]
@@ -105,21 +106,18 @@ def main() -> None:
         loss.backward()
         optimizer.step()
 
-        hits = accuracy(srm, episode, truth_centres[rows]) if step % 10 == 0 else (0.0, 0.0)
-        sums = [total + value for total, value in zip(sums, (loss.item(), *hits))]
-        if step % 50 == 0:
-            log.append({"step": step, "loss": sums[0] / 50, "foreground_accuracy": sums[1] / 5,
-                        "background_accuracy": sums[2] / 5})
-            sums = [0.0, 0.0, 0.0]
+        if step % LOG_EVERY == 0:
+            foreground, background = accuracy(srm, episode, truth_centres[rows])
+            log.append({"step": step, "loss": loss.item(), "foreground_accuracy": foreground,
+                        "background_accuracy": background})
         if step % SAVE_EVERY == 0 or step == STEPS:
             checkpoint.save(path, {
                 "settings": chosen, "srm": srm.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                 "generator": generator.get_state(), "log": log, "finished": step == STEPS})
-    if log:
-        checkpoint.write_log(run_dir / "srm_log.csv", log)
-        plot_curves(log, run_dir / "srm_curves.png", f"{TASK}, stage 2: SRM ({branch} branch)")
+    checkpoint.write_log(run_dir / "srm_log.csv", log)
+    plot_curves(log, run_dir / "srm_curves.png", f"{TASK}, stage 2: SRM ({branch} branch)")
 
-    # held-out accuracy at the candidate points, in the three kinds of state
+    # held-out accuracy at the candidate points, in two kinds of state
     held_out = features.samples("test")[:HELD_OUT]
     embeddings, maps = features.embeddings(held_out).float().to(device), features.maps(held_out).to(device)
     truth_centres = features.truth_centres(held_out).to(device)

@@ -372,7 +372,7 @@ class CacheWriter:
             entry[dataset] = torch.as_tensor(values).detach().to("cpu", torch.float16).numpy()
             if not np.isfinite(entry[dataset]).all():
                 what = {"embeddings": "SAM's embedding", "maps": "the CLIP map"}[dataset]
-                raise UserError(f"{what} of {name} holds NaN or infinite values: set PRECISION to float32, "
+                raise UserError(f"{what} of {name} holds NaN or infinite values: set PRECISION to fp32, "
                                 "or check the weights")
         texts, grid = range(1, len(entry["maps"]) + 1), entry["embeddings"].shape[1:]
         centres = [truth_at_centres(labels, k, self.frame, self.patch) for k in texts]

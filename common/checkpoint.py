@@ -45,7 +45,9 @@ def require_finished(path: Path, content: dict, stage: str) -> None:
 
 
 def write_log(path: Path, rows: list[dict]) -> None:
-    """The log so far as CSV, one column a quantity."""
+    """The log so far as CSV, one column a quantity; nothing where it has no row yet."""
+    if not rows:
+        return
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

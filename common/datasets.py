@@ -122,9 +122,9 @@ def check_trainable(labels: np.ndarray, sample: Sample) -> None:
 def draw_shots(samples: list[Sample], task: Task, count: int, seed: int) -> list[tuple[Sample, int]]:
     """`count` random training samples, (sample, text index) pairs; the first n of them are the draw of n.
 
-    A binary task draws images. With several texts, images that hold each text are drawn in turn, as evenly over the
-    texts as the data allow; an image may be drawn for two texts, never twice for one. An image whose mask cannot train
-    (empty or full) is named and passed over. Raises UserError where too few remain.
+    A binary task draws images; one whose mask cannot train (empty or full) is named and passed over. With several
+    texts, images that hold each text beside something else are drawn in turn, as evenly over the texts as the data
+    allow; an image may be drawn for two texts, never twice for one. Raises UserError where too few remain.
     """
     rng = np.random.default_rng(seed)
     training = [sample for sample in samples if sample.split == "train"]
@@ -141,8 +141,9 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int) -> list
         for sample in training:
             if len(queues[0]) == count:
                 break
+            labels = load_labels(sample, task, image_size(sample.image))
             try:
-                check_trainable(load_labels(sample, task, image_size(sample.image)), sample)
+                check_trainable(labels, sample)
                 queues[0].append(sample)
             except UserError as error:
                 print(f"not drawn: {error}")

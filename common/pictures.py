@@ -17,7 +17,9 @@ FOREGROUND, BACKGROUND = (40, 220, 60), (240, 40, 40)
 
 
 def plot_curves(rows: list[dict], path: Path, title: str) -> None:
-    """One small plot per logged quantity over the log's first column, as PNG."""
+    """One small plot per logged quantity over the log's first column, as PNG; nothing where the log is empty."""
+    if not rows:
+        return
     x_name, *names = rows[0]
     columns = 3
     lines = -(-len(names) // columns)

@@ -167,7 +167,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     A reader, or a run that goes on after a power cut, meets the old file or the new one, never half of one.
     On any failure the old file stays as it was and the temporary one is removed. OSErrors carry `path`.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # one name, so what a kill leaves is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # a folder that cannot be written to is an OSError from here, whatever `write` uses

@@ -200,6 +200,12 @@ def test_a_contradiction_names_the_constant_and_both_values(complete, key, value
         CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES | {key: value})
 
 
+def test_another_sam_is_named_itself_not_by_the_shape_of_its_embedding(complete):
+    layout = replace(LAYOUT, embedding=(4, 2, 2))
+    with pytest.raises(UserError, match="SAM=vit_h, and now it is demo"):
+        CacheWriter.open_or_create(complete, layout, ATTRIBUTES | {"sam": "demo"})
+
+
 def test_another_time_and_other_library_versions_are_no_contradiction(complete):
     later = ATTRIBUTES | {"time": "now", "versions": {"torch": "2.7"}}
     with CacheWriter.open_or_create(complete, LAYOUT, later) as writer:
@@ -237,8 +243,8 @@ def test_too_little_space_is_said_before_anything_is_written(path, monkeypatch):
 def test_the_remains_of_a_killed_creation_are_gone_before_space_is_measured(path, monkeypatch):
     path.parent.mkdir()
     path.with_name("features.h5.tmp").write_bytes(b"left over")
-    real, found = shutil.disk_usage, []
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: found.extend(path.parent.iterdir()) or real(where))
+    usage, found = shutil.disk_usage, []
+    monkeypatch.setattr(shutil, "disk_usage", lambda at: found.extend(path.parent.iterdir()) or usage(at))
     CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES).close()
     assert found == [] and path.exists()
 

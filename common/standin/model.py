@@ -89,7 +89,7 @@ def build_sam() -> Sam:
     """The trained stand-in, in evaluation mode. Raises UserError where its weights are missing."""
     if not WEIGHTS.exists():
         raise UserError(f"{WEIGHTS} is missing: restore it from the repository or train it with "
-                        "`python -m common.standin.train`")
+                        "`make standin`")
     sam = new_sam()
     sam.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
     return sam.eval()

@@ -4,9 +4,9 @@
 
 The model is open_clip's `CLIP` at small size. Captions name kinds of things (with colour or surface, or without),
 shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates. In a batch of so few concepts many
-captions are true of many crops, so the targets of the contrastive loss are spread over all true pairs (Yang et al.,
-UniCL, arXiv 2204.03610). The loss is taken twice: on the class token, and on CLIP Surgery's second path pooled over
-the patches, so that what a text means is found where it is. No pixel labels are used: only which words are true.
+captions are true of many crops, so every pair is judged by itself: the contrastive loss is the sigmoid one (Zhai et al.,
+SigLIP, arXiv 2303.15343). It is taken twice: on the class token, and on CLIP Surgery's second path pooled over the
+patches, so that what a text means is found where it is. No pixel labels are used: only which words are true of a crop.
 """
 
 import json
@@ -51,40 +51,61 @@ def inventory(maps: np.ndarray, things: list[dict]) -> set[str]:
     return words
 
 
-def write_caption(words: set[str], rng: np.random.Generator) -> tuple[str, set[str]]:
+def write_caption(words: set[str], focus: str, rng: np.random.Generator) -> tuple[str, set[str]]:
     """A caption of one or two of the words, and which words it claims; now and then the empty one, true of all."""
     if not words or rng.random() < 0.04:
-        return str(rng.choice([template("") for template in TEMPLATES])), set()
-    plain = [word for word in sorted(words) if word in KINDS or word in EFFECT_WORDS]
-    names = plain if rng.random() < 0.65 and plain else sorted(words)
-    claimed = set(rng.choice(names, min(len(names), 1 + int(rng.random() < 0.25)), replace=False).tolist())
+        return TEMPLATES[rng.integers(len(TEMPLATES))](""), set()
+    about = [word for word in sorted(words) if word == focus or word.endswith(f" {focus}")]
+    names = about if about and rng.random() < 0.75 else sorted(words)
+    plain = [word for word in names if " " not in word]
+    names = plain if plain and rng.random() < 0.65 else names
+    claimed = set(rng.choice(names, min(len(names), 1 + int(rng.random() < 0.15)), replace=False).tolist())
     spoken = [str(rng.choice(EFFECT_WORDS[word])) if word in EFFECT_WORDS else word for word in sorted(claimed)]
     return TEMPLATES[rng.integers(len(TEMPLATES))](" and a ".join(spoken)), claimed
 
 
+def choose_window(maps: np.ndarray, things: list[dict], rng: np.random.Generator) -> tuple[tuple[slice, slice], str]:
+    """A square window of the scene, mostly about one thing or effect in it, and what it is about ("" if anything)."""
+    instances, _, shadow, mirror, blur = maps
+    size, side, focus = len(instances), int(rng.integers(40, 129)), ""
+    centre = rng.uniform(0, size, 2)
+    regions = [(thing["kind"], instances == i + 1) for i, thing in enumerate(things)]
+    regions += [(name, layer > 0) for name, layer in (("shadow", shadow), ("mirror", mirror), ("blur", blur)) if layer.any()] * 2
+    if regions and rng.random() < 0.7:
+        focus, region = regions[rng.integers(len(regions))]
+        rows, columns = np.nonzero(region)
+        if len(rows):
+            if focus in EFFECT_WORDS:
+                at = rng.integers(len(rows))
+                centre = np.array([rows[at], columns[at]])
+            else:
+                side = int(np.clip(max(np.ptp(rows), np.ptp(columns)) * rng.uniform(1.2, 2.5), 32, 128))
+                centre = np.array([rows.mean(), columns.mean()]) + rng.normal(0, 0.12 * side, 2)
+    top, left = np.clip(centre - side / 2, 0, size - side).astype(int)
+    return (slice(top, top + side), slice(left, left + side)), focus
+
+
 def draw_batch(images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
                rng: np.random.Generator) -> tuple[Tensor, list[str], Tensor]:
-    """Crops (B, 3, 64, 64) uint8, captions, and which caption is true of which crop (B, B) float."""
+    """Crops (B, 3, 64, 64) uint8, captions, and which caption is true of which crop (B, B) bool."""
     crops, captions, claims, truths = [], [], [], []
-    for row in np.sort(rng.choice(TRAIN, BATCH, replace=False)):
-        side = int(rng.integers(40, 129))
-        top, left = rng.integers(0, images.shape[1] - side + 1, 2)
-        window = (slice(top, top + side), slice(left, left + side))
+    for row in rng.choice(TRAIN, BATCH, replace=False):
+        window, focus = choose_window(maps[row], things[row], rng)
         flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
         crop = Image.fromarray(images[row][window][:, flip]).resize((CROP, CROP), Image.BILINEAR)
         crops.append(np.asarray(crop))
         truths.append(inventory(maps[row][(slice(None), *window)], things[row]))
-        caption, claimed = write_caption(truths[-1], rng)
+        caption, claimed = write_caption(truths[-1], focus, rng)
         captions.append(caption)
         claims.append(claimed)
-    true = np.array([[claimed <= words for claimed in claims] for words in truths], np.float32)
+    true = np.array([[claimed <= words for claimed in claims] for words in truths])
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), captions, torch.from_numpy(true)
 
 
-def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
-    """Symmetric cross-entropy of (B, B) logits with the targets spread over all true pairs."""
-    images = F.cross_entropy(logits, true / true.sum(1, keepdim=True).clamp(min=1))
-    return (images + F.cross_entropy(logits.T, true.T / true.T.sum(1, keepdim=True).clamp(min=1))) / 2
+def pair_loss(similarity: Tensor, true: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Sigmoid loss over all (B, B) pairs; true and false ones weigh the same, however many there are of each."""
+    losses = F.softplus((scale.exp() * similarity + bias) * torch.where(true, -1, 1))
+    return (losses[true].mean() + losses[~true].mean()) / 2
 
 
 def pointing_game(surgery: ClipSurgery, images: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
@@ -126,8 +147,9 @@ def main() -> None:
     config = json.loads((STANDIN / "clip_config.json").read_text())
     model = open_clip.CLIP(**config).to(DEVICE)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-    patch_scale = nn.Parameter(torch.tensor(10.0, device=DEVICE).log())
-    optimizer = torch.optim.AdamW([*model.parameters(), patch_scale], lr=LEARNING_RATE, weight_decay=0.02)
+    scales = nn.Parameter(torch.full((2,), 10.0, device=DEVICE).log())  # of the class token's and the patches' loss
+    biases = nn.Parameter(torch.full((2,), -3.0, device=DEVICE))
+    optimizer = torch.optim.AdamW([*model.parameters(), scales, biases], lr=LEARNING_RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=200 / STEPS)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=DEVICE).view(3, 1, 1)
     deviation = torch.tensor(open_clip.OPENAI_DATASET_STD, device=DEVICE).view(3, 1, 1)
@@ -140,17 +162,15 @@ def main() -> None:
             tokens = surgery_tokens(model.visual, (crops.to(DEVICE) / 255 - mean) / deviation)
             texts = F.normalize(model.encode_text(tokenizer(captions).to(DEVICE)), dim=-1)
         tokens, texts = tokens.float(), texts.float()
-        whole = model.logit_scale.exp() * tokens[:, 0] @ texts.T  # the class token's view of each caption
         patches = torch.einsum("ind,td->itn", tokens[:, 1:], texts)
-        pooled = torch.logsumexp(20 * patches, 2) / 20  # the best patches' view: a soft maximum
-        loss = contrastive_loss(whole, true) + contrastive_loss(patch_scale.exp() * pooled, true)
+        pooled = torch.logsumexp(20 * patches, 2) / 20 - np.log(patches.shape[2]) / 20  # a soft maximum over patches
+        loss = pair_loss(tokens[:, 0] @ texts.T, true, scales[0], biases[0])
+        loss = loss + pair_loss(pooled, true, scales[1], biases[1])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=np.log(100))
         losses.append(loss.item())
         if step % 50 == 0:
             print(f"step {step}/{STEPS}  loss {np.mean(losses[-50:]):.3f}  {(time.time() - started) / step:.2f} s a step",
@@ -158,6 +178,7 @@ def main() -> None:
         if step % 600 == 0 or step == STEPS:
             model.eval()
             report(model, tokenizer, images[TRAIN:][:REPORT], maps[TRAIN:][:REPORT], things[TRAIN:][:REPORT])
+            model.logit_scale.data = scales[0].data.clone()  # CLIP's own name for it
             weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
             save_file(weights, STANDIN / "clip.safetensors")
             model.train()

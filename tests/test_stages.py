@@ -1,0 +1,185 @@
+"""The four scripts as a user runs them, on a small data set of one's own (TASK=folder)."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.standin.scenes import draw_for_task
+
+ROOT = Path(__file__).parent.parent
+STAGES = {
+    "01_cache_features.py": ["SHOTS=8", "PROMPT=salient object", "BATCH_SIZE=2", "DATA_DIR=data"],
+    "02_train_srm.py": ["STEPS=20", "SAVE_EVERY=2", "LOG_EVERY=5", "HELD_OUT=4", "SRM_BATCH=4"],
+    "03_train_agent.py": ["EPISODES=4", "EPOCHS=2", "ROUNDS=3", "SRM_BATCH=4"],
+    "04_evaluate.py": ["ROUNDS=3", "PICTURES=2"],
+}
+
+
+def command(script: str, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), "TASK=folder", "DEVICE=cpu", *STAGES[script], *more]
+
+
+def run(folder: Path, script: str, *more: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    return subprocess.run(command(script, *more), cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a data set of 10 training and 6 test images, and one undisturbed run of all stages in runs/folder."""
+    folder = tmp_path_factory.mktemp("stages")
+    for split, count in (("train", 10), ("test", 6)):
+        for kind in ("images", "masks"):
+            (folder / "data" / split / kind).mkdir(parents=True)
+        for index in range(count):
+            scene = draw_for_task("saliency", split, index)
+            size = (200, 150 + 10 * index)
+            Image.fromarray(scene.image).resize(size).save(folder / "data" / split / "images" / f"{index}.jpg")
+            mask = Image.fromarray(scene.labels("saliency") * 255).resize(size, Image.NEAREST)
+            mask.save(folder / "data" / split / "masks" / f"{index}.png")
+    for script in STAGES:
+        done = run(folder, script)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with h5py.File(path) as file:
+        return {name: dataset[:] for name, dataset in file.items()}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    def equal(a, b) -> bool:
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a if key != "seconds")
+        if isinstance(a, (list, tuple)):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return a == b
+    return equal(torch.load(one, weights_only=True), torch.load(other, weights_only=True))
+
+
+def test_a_run_folder_holds_cache_weights_logs_pictures_and_results(workplace):
+    names = {path.name for path in (workplace / "runs/folder").iterdir()}
+    assert names == {"features.h5", "srm.pt", "srm_log.csv", "srm_curves.png", "agent.pt", "agent_log.csv",
+                     "agent_curves.png", "results.json", "strips.png"}
+    with open(workplace / "runs/folder/agent_log.csv") as file:
+        log = list(csv.DictReader(file))
+    assert len(log) == 4
+    for name in ("return", "foreground_rate", "entropy", "kl", "clip_fraction", "explained_variance", "srm_loss",
+                 "srm_accuracy"):
+        assert all(np.isfinite(float(row[name])) for row in log), name
+    for row in log:  # +1 and -1 make the return of T = 3 rounds a function of the foreground rate
+        assert float(row["return"]) == pytest.approx(3 * (2 * float(row["foreground_rate"]) - 1), abs=1e-4)
+
+
+def test_results_hold_the_four_rows_and_the_iou_of_every_round(workplace):
+    results = json.loads((workplace / "runs/folder/results.json").read_text())
+    assert {"task", "sam", "clip", "seed", "images", "units", "rows", "iou_per_round"} <= results.keys()
+    assert results["images"] == 6 and results["task"] == "folder"
+    assert list(results["rows"]) == ["AlignSAM", "AlignSAM w/o RL", "AlignSAM w/o SRM", "AlignSAM w/o MSI"]
+    for name, row in results["rows"].items():
+        assert {"mIoU", "F", "BER", "E", "MAE", "FR"} <= row.keys()
+        assert len(results["iou_per_round"][name]) == (2 if name.endswith("MSI") else 4)
+        assert results["iou_per_round"][name][-1] == pytest.approx(row["mIoU"])
+    # one round of the same agent and SRM is the same prompting, wherever it is stopped
+    assert results["iou_per_round"]["AlignSAM w/o MSI"] == pytest.approx(results["iou_per_round"]["AlignSAM"][:2])
+
+
+def test_the_strips_show_image_truth_and_the_rounds(workplace):
+    sheet = Image.open(workplace / "runs/folder/strips.png")
+    assert sheet.size == ((256 + 4) * 5 - 4, 2 * (256 + 18 + 6))  # image, truth, rounds 0, 1 and 2; two samples
+    assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(workplace):
+    for run_dir, seed in (("again", 0), ("other", 1)):
+        for script in list(STAGES)[1:3]:
+            done = run(workplace, script, f"RUN_DIR={run_dir}", "FEATURES=runs/folder/features.h5", f"SEED={seed}")
+            assert done.returncode == 0, done.stderr
+    assert same_weights(workplace / "again/agent.pt", workplace / "runs/folder/agent.pt")
+    assert not same_weights(workplace / "other/agent.pt", workplace / "runs/folder/agent.pt")
+
+
+def killed_and_restarted(workplace: Path, script: str, begun: Path, entries, run_dir: str, *more: str) -> None:
+    """Starts a stage, SIGKILLs it once `entries(begun)` says that it is under way, and runs it to its end."""
+    more = (f"RUN_DIR={run_dir}", *more)
+    process = subprocess.Popen(command(script, *more), cwd=workplace, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (begun.exists() and entries(begun)):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    done = run(workplace, script, *more)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_stage_killed_and_restarted_ends_like_an_undisturbed_run(workplace):
+    def some_images_done(path: Path) -> bool:
+        with h5py.File(path) as file:
+            return 2 <= file["done"][:].sum() < len(file["done"])
+
+    killed = workplace / "killed"
+    killed_and_restarted(workplace, "01_cache_features.py", killed / "features.h5", some_images_done, "killed")
+    whole = arrays(workplace / "runs/folder/features.h5")
+    for name, values in arrays(killed / "features.h5").items():
+        assert np.array_equal(values, whole[name]), name
+
+    killed_and_restarted(workplace, "02_train_srm.py", killed / "srm.pt", lambda path: True, "killed")
+    assert same_weights(killed / "srm.pt", workplace / "runs/folder/srm.pt")
+    killed_and_restarted(workplace, "03_train_agent.py", killed / "agent.pt", lambda path: True, "killed")
+    assert same_weights(killed / "agent.pt", workplace / "runs/folder/agent.pt")
+    killed_and_restarted(workplace, "04_evaluate.py", killed / "agent.pt", lambda path: True, "killed")
+    one, other = ((folder / "results.json").read_text() for folder in (killed, workplace / "runs/folder"))
+    assert one == other
+    assert not list(killed.glob(".*")), "a temporary file was left behind"
+
+
+@pytest.mark.parametrize("script, arguments, sentence", [
+    ("02_train_srm.py", ["RUN_DIR=nowhere"], "run 01_cache_features.py TASK=folder first"),
+    ("03_train_agent.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"], "run 02_train_srm.py TASK=folder first"),
+    ("04_evaluate.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"], "run 03_train_agent.py TASK=folder first"),
+    ("02_train_srm.py", ["STEPS=21"], "STEPS=20, and now it is 21"),
+    ("03_train_agent.py", ["GAMMA=0.5"], "GAMMA=0.99, and now it is 0.5"),
+    ("01_cache_features.py", ["SEED=3"], "SEED=0"),
+    ("01_cache_features.py", ["RUN_DIR=new", "SHOTS=11"], "set SHOTS=10 or less"),
+    ("01_cache_features.py", ["RUN_DIR=new", "PATCH_SIZE=70"], "PATCH_SIZE=70"),
+    ("03_train_agent.py", ["RUN_DIR=again2", "EPISODE=5"], "did you mean EPISODES?"),
+    ("03_train_agent.py", ["ROUNDS=101"], "ROUNDS=101"),
+    ("02_train_srm.py", ["BRANCH=both", "RUN_DIR=new", "FEATURES=runs/folder/features.h5"], "neither implicit nor explicit"),
+])
+def test_a_mistake_gets_one_sentence_and_no_traceback(workplace, script, arguments, sentence):
+    done = run(workplace, script, *arguments)
+    assert done.returncode == 1
+    assert sentence in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_named(workplace):
+    folder = workplace / "damaged"
+    folder.mkdir()
+    (folder / "srm.pt").write_bytes((workplace / "runs/folder/srm.pt").read_bytes()[:-2000])
+    done = run(workplace, "03_train_agent.py", "RUN_DIR=damaged", "FEATURES=runs/folder/features.h5")
+    assert done.returncode == 1 and "damaged/srm.pt is damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unfinished_stage_is_not_taken_for_a_finished_one(workplace):
+    folder = workplace / "unfinished"
+    folder.mkdir()
+    content = torch.load(workplace / "runs/folder/srm.pt", weights_only=True)
+    torch.save(content | {"finished": False}, folder / "srm.pt")
+    done = run(workplace, "03_train_agent.py", "RUN_DIR=unfinished", "FEATURES=runs/folder/features.h5")
+    assert done.returncode == 1 and "unfinished run: run 02_train_srm.py" in done.stderr
