@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, settings
-from common.agent import Actor, Critic, pick, policy, pool_state, ppo_update, returns
+from common.agent import Actor, Critic, normalise, pick, policy, pool_state, ppo_update, returns
 from common.cache import Cache
 from common.episode import Episode, patch_centres, random_pixels
 from common.pictures import plot_curves
@@ -42,8 +42,10 @@ DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
 
 def main() -> None:
-    settings.positive(globals(), "EPISODES", "EPOCHS", "ROUNDS", "GAMMA", "CLIP_RANGE", "LEARNING_RATE", "SRM_STEPS",
+    settings.positive(globals(), "EPISODES", "EPOCHS", "ROUNDS", "CLIP_RANGE", "LEARNING_RATE", "SRM_STEPS",
                       "SRM_BATCH")
+    if not 0 < GAMMA < 1:
+        raise settings.UserError(f"GAMMA={GAMMA} is no discount: set it between 0 and 1")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK)
@@ -73,7 +75,7 @@ def main() -> None:
     srm = build_srm(branch, embeddings.shape[1]).to(device)
     srm.load_state_dict(stage_2["srm"])
     actor = Actor(embeddings.shape[1]).to(device)
-    critic = Critic(embeddings.shape[1], scale=ROUNDS / 2).to(device)
+    critic = Critic(embeddings.shape[1], scale=1 / (1 - GAMMA)).to(device)  # the bound of a return of rewards of 1
     ppo = torch.optim.Adam([*actor.parameters(), *critic.parameters()], LEARNING_RATE)
     srm_optimizer = torch.optim.Adam(srm.parameters(), LEARNING_RATE)
     learning = {"srm": srm, "actor": actor, "critic": critic, "ppo": ppo, "srm_optimizer": srm_optimizer}
@@ -132,7 +134,7 @@ def main() -> None:
         rewards, values = torch.stack(rewards), torch.stack(values)
         with torch.no_grad():
             targets = returns(rewards, critic(episode.action_state()), GAMMA)
-        advantages = targets - values
+        advantages = normalise(targets - values)
 
         # Eqs. 8 to 10: K epochs on the states, rebuilt from the masks straight to the action grid
         states = torch.cat([pool_state(embeddings * mask[:, None], side) for mask in masks])

@@ -1,18 +1,20 @@
 """The prompting agent: actor and critic on the 10 x 10 action grid, and PPO's update (paper, section 3.2)."""
 
 import torch
-from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
+from common.layers import ChannelNorm
+
 WIDTH = 32  # channels of actor and critic: 50 images cannot train more
+LOGIT_SCALE = 10  # of the actor's output: at the paper's learning rate, E K steps move an unscaled logit too little
 
 
 def trunk(channels: int) -> nn.Sequential:
     """(B, C, g, g) to (B, WIDTH, g, g), one feature per action. The norms keep places visible where M is small."""
-    return nn.Sequential(nn.Conv2d(channels, WIDTH, 1), LayerNorm2d(WIDTH), nn.GELU(),
-                         nn.Conv2d(WIDTH, WIDTH, 3, padding=1), LayerNorm2d(WIDTH), nn.GELU())
+    return nn.Sequential(nn.Conv2d(channels, WIDTH, 1), ChannelNorm(WIDTH), nn.GELU(),
+                         nn.Conv2d(WIDTH, WIDTH, 3, padding=1), ChannelNorm(WIDTH), nn.GELU())
 
 
 class Actor(nn.Module):
@@ -25,7 +27,7 @@ class Actor(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, state: Tensor) -> Tensor:
-        return self.head(self.trunk(state)).flatten(1)
+        return LOGIT_SCALE * self.head(self.trunk(state)).flatten(1)
 
 
 class Critic(nn.Module):
@@ -72,15 +74,22 @@ def returns(rewards: Tensor, last_value: Tensor, gamma: float) -> Tensor:
     return targets
 
 
+def normalise(advantages: Tensor) -> Tensor:
+    """Advantages (T, B) with mean 0 and deviation 1 within each round.
+
+    The paper is silent. Eq. 6 closes each return with V(s_{T+1}), so while the critic is still learning its error grows
+    from the last round to the first and would drown the choice of action; within a round it is the same for all.
+    """
+    return (advantages - advantages.mean(1, keepdim=True)) / (advantages.std(1, keepdim=True) + 1e-8)
+
+
 def ppo_update(actor: Actor, critic: Critic, optimizer: torch.optim.Optimizer, states: Tensor, actions: Tensor,
                allowed: Tensor, old_log_probs: Tensor, targets: Tensor, advantages: Tensor, epochs: int,
                clip_range: float) -> dict[str, float]:
     """K epochs of full-batch updates on one roll-out (Eqs. 8 to 10); returns diagnostics of the last epoch.
 
     states (N, C, g, g) pooled, actions (N,), allowed (N, A) bool, old_log_probs, targets and advantages (N,).
-    Advantages are normalised over the batch: the paper is silent, and without it the critic's early bias moves all.
     """
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     for _ in range(epochs):
         distribution = policy(actor(states), allowed)
         log_ratio = distribution.log_prob(actions) - old_log_probs

@@ -5,11 +5,11 @@ sees the spatial state s_t = F * M alone; the explicit branch also sees the sema
 """
 
 import torch
-from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
+from common.layers import ChannelNorm
 
 WIDTH = 64  # channels inside either branch: 50 images cannot train more
 HEADS = 4  # of the explicit branch's self-attention
@@ -17,7 +17,7 @@ HEADS = 4  # of the explicit branch's self-attention
 
 def conv_block(before: int, after: int) -> nn.Sequential:
     """(B, before, h, w) to (B, after, h, w). The norm keeps places visible where M, and so F * M, is small."""
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), LayerNorm2d(after), nn.GELU())
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), ChannelNorm(after), nn.GELU())
 
 
 class ImplicitSRM(nn.Module):

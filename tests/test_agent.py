@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.agent import Actor, Critic, entropy, pick, policy, pool_state, ppo_update, returns
+from common.agent import Actor, Critic, entropy, normalise, pick, policy, pool_state, ppo_update, returns
 
 
 def test_returns_equal_hand_computed_values():
@@ -19,6 +19,11 @@ def test_returns_equal_hand_computed_values():
 def test_the_return_of_a_constant_reward_is_the_geometric_series():
     targets = returns(torch.ones(15, 1), torch.zeros(1), 0.99)
     assert targets[0].item() == pytest.approx((1 - 0.99 ** 15) / (1 - 0.99), rel=1e-5)
+
+
+def test_advantages_are_normalised_within_each_round():
+    advantages = normalise(torch.tensor([[1.0, 2.0, 3.0], [-100.0, -90.0, -80.0]]))
+    assert torch.allclose(advantages, torch.tensor([[-1.0, 0.0, 1.0]]).expand(2, -1))
 
 
 def toy(count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -468,3 +468,15 @@ def test_a_centre_on_the_edge_of_two_pixels_takes_the_one_that_starts_there():
     labels = np.zeros((1, 180), np.uint8)
     labels[0, 9::18] = 1  # centre c lies at pixel coordinate 18 c + 9; in floats, 280 / 800 * 180 is below 63
     assert truth_at_centres(labels, 1, 800, 80).tolist() == [1] * 100
+
+
+def test_the_identity_tells_caches_apart_by_what_made_them_and_not_by_when(complete, tmp_path):
+    def identity(name: str, **changed) -> str:
+        with CacheWriter.open_or_create(tmp_path / name, LAYOUT, ATTRIBUTES | changed) as writer:
+            for row in writer.missing():
+                writer.write(row, **entry(row))
+        return Cache.open(tmp_path / name).identity()
+
+    same = Cache.open(complete).identity()
+    assert identity("later.h5", time="now", versions={"torch": "9"}) == same
+    assert identity("other.h5", sam="vit_b") != same

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from common import datasets
-from common.datasets import Sample, check_trainable, image_size, list_samples, load_image, load_labels
+from common.datasets import (Sample, check_trainable, draw_shots, image_size, list_samples, load_image,
+                             load_labels)
 from common.errors import UserError
 from common.tasks import TASKS, get_task
 
@@ -459,3 +460,52 @@ def test_a_folder_task_without_a_prompt_is_refused():
 def test_an_unknown_task_is_answered_with_those_there_are():
     with pytest.raises(UserError, match=r"cuhk, sbu, msd, duts, voc, demo_blur, .*, folder"):
         get_task("coco")
+
+
+def folder_of(root, count, **masks):
+    """A folder data set of `count` training images; masks overrides the mask of an image by its name."""
+    for index in range(count):
+        save(root / "train" / "images" / f"i{index}.jpg", picture())
+        save(root / "train" / "masks" / f"i{index}.png", masks.get(f"i{index}", half()))
+    pair(root / "test" / "images", root / "test" / "masks", "t")
+    task = task_of("folder")
+    return list_samples(task, root), task
+
+
+def test_shots_are_distinct_training_images_and_a_smaller_draw_is_the_start_of_a_larger(tmp_path):
+    samples, task = folder_of(tmp_path, 12)
+    ten, four, other = (draw_shots(samples, task, count, seed) for count, seed in ((10, 0), (4, 0), (10, 1)))
+    assert len({sample.name for sample, _ in ten}) == 10 and all(sample.split == "train" for sample, _ in ten)
+    assert ten[:4] == four and ten != other
+
+
+def test_empty_and_full_masks_are_named_and_passed_over(tmp_path, capsys):
+    full = np.full((6, 8), 255, np.uint8)
+    samples, task = folder_of(tmp_path, 4, i1=full, i3=full * 0)
+    assert {sample.name for sample, _ in draw_shots(samples, task, 2, 0)} == {"i0", "i2"}
+    drawn = capsys.readouterr().out
+    with pytest.raises(UserError, match="SHOTS=3 .* set SHOTS=2 or less"):
+        draw_shots(samples, task, 3, 0)
+    drawn += capsys.readouterr().out
+    assert "i1.png is full" in drawn and "i3.png is empty" in drawn
+
+
+def test_an_unreadable_mask_stops_the_draw_and_is_not_passed_over(tmp_path):
+    samples, task = folder_of(tmp_path, 2)
+    (tmp_path / "train" / "masks" / "i1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="i1.png"):
+        draw_shots(samples, task, 2, 0)
+
+
+def test_voc_draws_as_evenly_over_the_classes_as_the_data_allow(tmp_path):
+    stems = [f"v{index}" for index in range(8)]
+    make_voc(tmp_path, train=stems, listed_only=())
+    for index, stem in enumerate(stems):  # class 1 in all, class 3 in two; in v7 class 1 is all there is
+        other = 3 if index < 2 else 0
+        mask = [[1] * 4] * 2 if index == 7 else [[1, 1, other, 255], [0, 0, 0, 255]]
+        save(tmp_path / VOC / "SegmentationClass" / f"{stem}.png", palette_mask(mask))
+    task = get_task("voc")
+    drawn = draw_shots(list_samples(task, tmp_path), task, 6, 0)
+    texts = [text for _, text in drawn]
+    assert sorted(texts) == [0, 0, 0, 0, 2, 2] and set(texts[:2]) == set(texts[2:4]) == {0, 2}
+    assert len(set(drawn)) == 6 and "v7" not in {sample.name for sample, _ in drawn}

@@ -116,7 +116,7 @@ def test_the_mean_is_over_images_and_not_over_pixels():
 def test_classes_weigh_alike_however_many_images_hold_them():
     rows = [dict.fromkeys(("IoU", "F", "BER", "E", "MAE"), value) for value in (0.2, 0.9, 0.4)]
     means = average(rows, ["cat", "dog", "cat"])
-    assert means["per_class"] == pytest.approx({"cat": 0.3, "dog": 0.9})
+    assert {label: row["mIoU"] for label, row in means["per_class"].items()} == pytest.approx({"cat": 0.3, "dog": 0.9})
     assert [means[name] for name in ("mIoU", "F", "BER", "E", "MAE")] == pytest.approx([0.6] * 5)
 
 

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from common import sam as sam_module
 from common.errors import UserError
-from common.sam import (BatchedPrompter, SamEmbedder, download_checkpoint, full_masks, load_sam,
+from common.sam import (BatchedPrompter, SamEmbedder, download_checkpoint, full_masks, load_decoder, load_sam,
                         probability_grid, sam_fingerprint, squash)
 from common.standin import model as standin
 
@@ -379,3 +379,11 @@ def test_without_a_network_the_message_says_what_to_put_where(server, tmp_path):
         download_checkpoint("vit_b")
     assert f"{server.url} could not be downloaded" in str(error.value)
     assert f"by hand to {tmp_path}/cache/sam_vit_b.pth." in str(error.value)
+
+
+def test_a_decoder_that_never_saw_the_cached_embeddings_is_refused(demo):
+    attributes = {"sam": "demo", "sam_fingerprint": sam_fingerprint(demo)}
+    decoder = load_decoder(attributes, CPU)
+    assert decoder.image_encoder.img_size == 192 and not list(decoder.image_encoder.parameters())
+    with pytest.raises(UserError, match="SAM=demo is not the one that made the cache"):
+        load_decoder(attributes | {"sam_fingerprint": "0" * 16}, CPU)

@@ -5,8 +5,9 @@
 The model is open_clip's `CLIP` at small size. Captions name kinds of things (with colour or surface, or without),
 shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates. In a batch of so few concepts many
 captions are true of many crops, so every pair is judged by itself: the contrastive loss is the sigmoid one (Zhai et al.,
-SigLIP, arXiv 2303.15343). It is taken twice: on the class token, and on CLIP Surgery's second path pooled over the
-patches, so that what a text means is found where it is. No pixel labels are used: only which words are true of a crop.
+SigLIP, arXiv 2303.15343). It is taken twice: between captions and whole crops, on the class token; and between captions
+and regions of the crops, on CLIP Surgery's second path averaged over the region (as Zhong et al., RegionCLIP, arXiv
+2112.09106, do), so that so small a model learns in so few steps to find what a text means where it is.
 """
 
 import json
@@ -25,81 +26,87 @@ from common.standin.scenes import KINDS
 from common.standin.store import load_scenes
 from common.standin.train_sam import HELD_OUT, SCENES, TRAIN
 
-STEPS = 2400  # optimiser steps
+STEPS = 2200  # optimiser steps
 BATCH = 64  # crops and captions a step
 LEARNING_RATE = 1e-3  # AdamW, 200 warm-up steps, cosine to zero
 REPORT = 150  # held-out scenes of the pointing game
 SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CROP = 64  # pixels a side that the image tower is trained at: a thing or two; maps are made at three times that
+PATCH = 8  # pixels a side of a patch, as in clip_config.json
 EFFECT_WORDS = {"shadow": ("shadow", "shadow", "cast shadow"), "mirror": ("mirror", "mirror", "glass"),
                 "blur": ("blurred region", "blurred region", "defocus background"),
                 "salient": ("salient object", "salient object", "saliency object")}
 
 
-def inventory(maps: np.ndarray, things: list[dict]) -> set[str]:
-    """What is true of a crop, as words: kinds, colours and surfaces with kinds, effects; from its maps (5, s, s)."""
-    instances, _, shadow, mirror, blur = maps
-    area = instances.size
-    words = {name for name, layer, least in (("shadow", shadow, 0.02), ("mirror", mirror, 0.04), ("blur", blur, 0.08))
-             if (layer > 0).mean() > least}
-    for index, count in enumerate(np.bincount(instances.ravel(), minlength=len(things) + 1)[1:]):
+def words_of(maps: np.ndarray, things: list[dict], region: np.ndarray, least: float) -> set[str]:
+    """What is true of a region (s, s) bool of a scene: kinds, colours and surfaces with kinds, effects.
+
+    A thing is named where it covers more than `least` of the region; an effect where it covers three times that.
+    """
+    inside = maps[:, region]
+    words = {name for name, layer in zip(("shadow", "mirror", "blur"), inside[2:]) if (layer > 0).mean() > 3 * least}
+    for index, count in enumerate(np.bincount(inside[0], minlength=len(things) + 1)[1:]):
         thing = things[index]
-        if count > 0.012 * area:
+        if count > least * inside.shape[1]:
             words |= {thing["kind"], f"{thing['colour']} {thing['kind']}", f"{thing['surface']} {thing['kind']}"}
             words |= {"salient"} if thing["salient"] else set()
     return words
 
 
-def write_caption(words: set[str], focus: str, rng: np.random.Generator) -> tuple[str, set[str]]:
-    """A caption of one or two of the words, and which words it claims; now and then the empty one, true of all."""
+def write_caption(words: set[str], rng: np.random.Generator) -> tuple[str, set[str]]:
+    """A caption of one of the words, and what it claims; of none, and now and then anyway, the empty one."""
     if not words or rng.random() < 0.04:
         return TEMPLATES[rng.integers(len(TEMPLATES))](""), set()
-    about = [word for word in sorted(words) if word == focus or word.endswith(f" {focus}")]
-    names = about if about and rng.random() < 0.75 else sorted(words)
-    plain = [word for word in names if " " not in word]
-    names = plain if plain and rng.random() < 0.65 else names
-    claimed = set(rng.choice(names, min(len(names), 1 + int(rng.random() < 0.15)), replace=False).tolist())
-    spoken = [str(rng.choice(EFFECT_WORDS[word])) if word in EFFECT_WORDS else word for word in sorted(claimed)]
-    return TEMPLATES[rng.integers(len(TEMPLATES))](" and a ".join(spoken)), claimed
+    plain = [word for word in sorted(words) if " " not in word]
+    word = str(rng.choice(plain if rng.random() < 0.65 else sorted(words)))
+    spoken = str(rng.choice(EFFECT_WORDS[word])) if word in EFFECT_WORDS else word
+    return TEMPLATES[rng.integers(len(TEMPLATES))](spoken), {word}
 
 
-def choose_window(maps: np.ndarray, things: list[dict], rng: np.random.Generator) -> tuple[tuple[slice, slice], str]:
-    """A square window of the scene, mostly about one thing or effect in it, and what it is about ("" if anything)."""
+def choose_region(maps: np.ndarray, things: list[dict], rng: np.random.Generator) -> np.ndarray:
+    """A region of the scene, (s, s) bool: a thing, an effect or, now and then, the ground where nothing is."""
     instances, _, shadow, mirror, blur = maps
-    size, side, focus = len(instances), int(rng.integers(40, 129)), ""
-    centre = rng.uniform(0, size, 2)
-    regions = [(thing["kind"], instances == i + 1) for i, thing in enumerate(things)]
-    regions += [(name, layer > 0) for name, layer in (("shadow", shadow), ("mirror", mirror), ("blur", blur)) if layer.any()] * 2
-    if regions and rng.random() < 0.7:
-        focus, region = regions[rng.integers(len(regions))]
-        rows, columns = np.nonzero(region)
-        if len(rows):
-            if focus in EFFECT_WORDS:
-                at = rng.integers(len(rows))
-                centre = np.array([rows[at], columns[at]])
-            else:
-                side = int(np.clip(max(np.ptp(rows), np.ptp(columns)) * rng.uniform(1.2, 2.5), 32, 128))
-                centre = np.array([rows.mean(), columns.mean()]) + rng.normal(0, 0.12 * side, 2)
-    top, left = np.clip(centre - side / 2, 0, size - side).astype(int)
-    return (slice(top, top + side), slice(left, left + side)), focus
+    regions = [instances == index + 1 for index in range(len(things))]
+    regions += [layer > 0 for layer in (shadow, mirror, blur) if layer.any()] * 2
+    ground = (instances == 0) & (shadow == 0) & (mirror == 0) & (blur == 0)
+    region = ground if rng.random() < 0.15 or not regions else regions[rng.integers(len(regions))]
+    return region if region.any() else instances == instances
+
+
+def choose_window(region: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
+    """A square window of the scene about a place of the region, at a random scale."""
+    rows, columns = np.nonzero(region)
+    side = int(np.clip(max(np.ptp(rows), np.ptp(columns)) * rng.uniform(1.0, 2.5), 36, 128))
+    at = rng.integers(len(rows))
+    corner = np.array([rows[at], columns[at]]) - side * rng.uniform(0.2, 0.8, 2)
+    top, left = np.clip(corner, 0, len(region) - side).astype(int)
+    return slice(top, top + side), slice(left, left + side)
 
 
 def draw_batch(images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
-               rng: np.random.Generator) -> tuple[Tensor, list[str], Tensor]:
-    """Crops (B, 3, 64, 64) uint8, captions, and which caption is true of which crop (B, B) bool."""
-    crops, captions, claims, truths = [], [], [], []
+               rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str], Tensor, Tensor]:
+    """Crops (B, 3, 64, 64) uint8, a region of each as weights over its 64 patches (B, 64), captions of the regions, and
+    which caption is true of which crop and of which region, (B, B) bool each."""
+    crops, weights, captions, claims, crop_words, region_words = [], [], [], [], [], []
     for row in rng.choice(TRAIN, BATCH, replace=False):
-        window, focus = choose_window(maps[row], things[row], rng)
+        layers = maps[row]
+        region = choose_region(layers, things[row], rng)
+        window = choose_window(region, rng)
+        layers, region = layers[(slice(None), *window)], region[window]
         flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
-        crop = Image.fromarray(images[row][window][:, flip]).resize((CROP, CROP), Image.BILINEAR)
-        crops.append(np.asarray(crop))
-        truths.append(inventory(maps[row][(slice(None), *window)], things[row]))
-        caption, claimed = write_caption(truths[-1], focus, rng)
+        crops.append(np.asarray(Image.fromarray(images[row][window][:, flip]).resize((CROP, CROP), Image.BILINEAR)))
+        patches = Image.fromarray(region[:, flip].astype(np.float32)).resize((CROP // PATCH, CROP // PATCH), Image.BOX)
+        weights.append(np.asarray(patches).ravel() / max(np.asarray(patches).sum(), 1e-6))
+        crop_words.append(words_of(layers, things[row], np.ones_like(region), 0.015))
+        region_words.append(words_of(layers, things[row], region, 0.2))
+        caption, claimed = write_caption(region_words[-1], rng)
         captions.append(caption)
         claims.append(claimed)
-    true = np.array([[claimed <= words for claimed in claims] for words in truths])
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), captions, torch.from_numpy(true)
+    true_of_crops, true_of_regions = (torch.tensor([[claimed <= words for claimed in claims] for words in told])
+                                      for told in (crop_words, region_words))
+    return (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(weights)), captions,
+            true_of_crops, true_of_regions)
 
 
 def pair_loss(similarity: Tensor, true: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -147,7 +154,7 @@ def main() -> None:
     config = json.loads((STANDIN / "clip_config.json").read_text())
     model = open_clip.CLIP(**config).to(DEVICE)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-    scales = nn.Parameter(torch.full((2,), 10.0, device=DEVICE).log())  # of the class token's and the patches' loss
+    scales = nn.Parameter(torch.full((2,), 10.0, device=DEVICE).log())  # of the crops' and the regions' loss
     biases = nn.Parameter(torch.full((2,), -3.0, device=DEVICE))
     optimizer = torch.optim.AdamW([*model.parameters(), scales, biases], lr=LEARNING_RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=200 / STEPS)
@@ -156,16 +163,14 @@ def main() -> None:
     started, losses = time.time(), []
 
     for step in range(1, STEPS + 1):
-        crops, captions, true = draw_batch(images, maps, things, rng)
-        true = true.to(DEVICE)
+        crops, weights, captions, true_of_crops, true_of_regions = draw_batch(images, maps, things, rng)
         with torch.autocast(DEVICE, torch.bfloat16):
             tokens = surgery_tokens(model.visual, (crops.to(DEVICE) / 255 - mean) / deviation)
             texts = F.normalize(model.encode_text(tokenizer(captions).to(DEVICE)), dim=-1)
         tokens, texts = tokens.float(), texts.float()
-        patches = torch.einsum("ind,td->itn", tokens[:, 1:], texts)
-        pooled = torch.logsumexp(20 * patches, 2) / 20 - np.log(patches.shape[2]) / 20  # a soft maximum over patches
-        loss = pair_loss(tokens[:, 0] @ texts.T, true, scales[0], biases[0])
-        loss = loss + pair_loss(pooled, true, scales[1], biases[1])
+        regions = torch.einsum("bn,bnd->bd", weights.to(DEVICE), tokens[:, 1:])
+        loss = pair_loss(tokens[:, 0] @ texts.T, true_of_crops.to(DEVICE), scales[0], biases[0])
+        loss = loss + pair_loss(regions @ texts.T, true_of_regions.to(DEVICE), scales[1], biases[1])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
