@@ -39,8 +39,8 @@ RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
 
 # each row: is the patch the agent's (else drawn at random), is the label the SRM's (else positive), how many rounds
-ROWS = {"AlignSAM": (True, True, "all"), "AlignSAM w/o RL": (False, True, "all"),
-        "AlignSAM w/o SRM": (True, False, "all"), "AlignSAM w/o MSI": (True, True, "one")}
+ROWS = {"AlignSAM": (True, True, "all"), "w/o RL": (False, True, "all"),
+        "w/o SRM": (True, False, "all"), "w/o MSI": (True, True, "one")}
 STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
 
 
@@ -74,53 +74,50 @@ def main() -> None:
     for row, (by_agent, by_srm, rounds) in ROWS.items():
         rounds = ROUNDS if rounds == "all" else 1
         generator = torch.Generator().manual_seed(SEED)
-        per_image, per_round, on_target, known = [], [], 0, 0
+        scores: list[list[dict]] = [[] for _ in range(rounds + 1)]  # after each round, one per sample
+        on_target = 0
         for start in tqdm(range(0, len(samples), BATCH_SIZE), row):
             batch = samples[start:start + BATCH_SIZE]
             truths = [features.labels(sample) for sample in batch]
             episode = Episode(prompter, features.embeddings(batch).float().to(device), features.maps(batch).to(device), centres)
-            masks = []  # per round, per image: bool at the image's own size
-
-            def look() -> None:
-                masks.append([full_masks(one, truth.shape).cpu().numpy() for one, truth in zip(episode.logits, truths)])
+            logits = []  # SAM's answer after each round, M_0 first
 
             with torch.no_grad():
                 # P_0: the SRM's highest and lowest place; then T rounds of patch, label, mask
                 episode.start_without_truth(srm)
-                look()
+                logits.append(episode.logits)
                 for _ in range(rounds):
-                    logits = actor(episode.action_state()) if by_agent else torch.zeros_like(episode.allowed, dtype=torch.float)
-                    distribution = policy(logits, episode.allowed)
+                    preference = actor(episode.action_state()) if by_agent else torch.zeros(episode.allowed.shape)
+                    distribution = policy(preference.to(device), episode.allowed)
                     action = distribution.probs.argmax(1)
                     if not by_agent or SAMPLE_ACTIONS:
                         action = pick(distribution, generator)
                     answer = episode.label_by(episode.foreground(srm), action) if by_srm else torch.ones_like(action)
                     truth = truths_at_centres[start:start + len(batch)].gather(1, action.cpu()[:, None])
-                    on_target, known = on_target + int((truth == 1).sum()), known + int((truth != 255).sum())
+                    on_target += int((truth == 1).sum())
                     episode.step(action, answer)
-                    look()
+                    logits.append(episode.logits)
 
-            for index, truth in enumerate(truths):
-                scores = [evaluate_mask(round_masks[index], truth) for round_masks in masks]
-                per_image.append(scores[-1])
-                per_round.append([score["IoU"] for score in scores])
+            for index, truth in enumerate(truths):  # masks at the image's own size
+                masks = [full_masks(after[index], truth.shape).cpu().numpy() for after in logits]
+                for after, mask in zip(scores, masks):
+                    after.append(evaluate_mask(mask, truth))
                 if row == "AlignSAM" and start + index in pictured:
-                    shown = {number: masks[number][index] for number in STRIP_ROUNDS if number < len(masks)}
-                    strips[start + index] = strip(features.picture(batch[index]), truth, shown,
-                                                  episode.points[index].cpu().numpy(), episode.labels[index].cpu().numpy(), frame)
-        rows[row] = average(per_image, classes)
-        rows[row]["FR"] = on_target / max(known, 1)
-        iou_per_round[row] = [float(np.mean(scores)) for scores in zip(*per_round)]
+                    shown = {number: masks[number] for number in STRIP_ROUNDS if number < len(masks)}
+                    points, labels = episode.points[index].cpu().numpy(), episode.labels[index].cpu().numpy()
+                    strips[start + index] = strip(features.picture(batch[index]), truth, shown, points, labels, frame)
+        rows[row] = average(scores[-1], classes) | {"FR": on_target / (rounds * len(samples))}
+        iou_per_round[row] = [average(after, classes)["mIoU"] for after in scores]
 
     # Table 9's bound: small targets have few centres that could be chosen
-    foreground = (truths_at_centres == 1).sum(1).clamp(max=ROUNDS) / ROUNDS
+    attainable = ((truths_at_centres == 1).sum(1).clamp(max=ROUNDS) / ROUNDS).mean().item()
     task_paper = get_task(TASK, "-").paper
     real = features.attrs["sam"] != "demo" and features.attrs["clip"] != "demo"
     print(f"\n{TASK}, {len(samples)} test samples, SAM {features.attrs['sam']}, CLIP {features.attrs['clip']}"
           + ("" if real else " (stand-ins: small models trained on drawn scenes; no figure here compares with the paper's)"))
     table = {name: {key: value for key, value in row.items() if key != "per_class"} for name, row in rows.items()}
     print(results_table(table, paper_row(task_paper) if task_paper and features.attrs["sam"] in CHECKPOINTS else None))
-    print(f"FR attainable: {foreground.mean().item():.4f} (no choice of {ROUNDS} different patches does better)")
+    print(f"FR attainable: {attainable:.4f} (no choice of {ROUNDS} different patches does better)")
     if classes:
         per_class = {name: {label: scores["mIoU"] for label, scores in row["per_class"].items()} for name, row in rows.items()}
         print("\nIoU per class\n\n" + results_table(per_class))
@@ -128,7 +125,7 @@ def main() -> None:
     results = {
         "task": TASK, "sam": features.attrs["sam"], "clip": features.attrs["clip"], "seed": trained["settings"]["seed"],
         "images": len(samples), "units": "all metrics are fractions between 0 and 1", "rounds": ROUNDS,
-        "branch": trained["settings"]["branch"], "foreground_rate_attainable": foreground.mean().item(), "rows": rows,
+        "branch": trained["settings"]["branch"], "foreground_rate_attainable": attainable, "rows": rows,
         "iou_per_round": iou_per_round}
     settings.write_atomic(run_dir / "results.json", lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
     written = [run_dir / "results.json"]

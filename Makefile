@@ -1,8 +1,10 @@
 PYTHON ?= python3
 TASK ?= demo_saliency
+TASKS ?= demo_blur demo_shadow demo_mirror demo_saliency demo_semantic
+SEEDS ?= 0 1 2
 RUN = .venv/bin/python
 
-.PHONY: demo test row standin
+.PHONY: demo test row seeds standin
 
 demo: .venv/installed  ## install, run all four stages on the embedded default, print its table
 	$(RUN) 01_cache_features.py
@@ -15,6 +17,16 @@ row: .venv/installed  ## the four stages for one task: make row TASK=demo_shadow
 	$(RUN) 02_train_srm.py TASK=$(TASK)
 	$(RUN) 03_train_agent.py TASK=$(TASK)
 	$(RUN) 04_evaluate.py TASK=$(TASK)
+
+seeds: .venv/installed  ## every demo task over three training seeds, and the table of their means
+	for task in $(TASKS); do \
+	  $(RUN) 01_cache_features.py TASK=$$task || exit 1; \
+	  for seed in $(SEEDS); do \
+	    set -- TASK=$$task RUN_DIR=runs/$$task-seed$$seed FEATURES=runs/$$task/features.h5 SEED=$$seed; \
+	    $(RUN) 02_train_srm.py "$$@" && $(RUN) 03_train_agent.py "$$@" && $(RUN) 04_evaluate.py "$$@" || exit 1; \
+	  done; \
+	done
+	$(RUN) -m common.summary $(foreach task,$(TASKS),$(foreach seed,$(SEEDS),runs/$(task)-seed$(seed)))
 
 standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: hours on a CPU, minutes on a GPU
 	$(RUN) -m common.standin.train_sam

@@ -11,12 +11,12 @@ def paper_row(key: str) -> dict[str, dict[str, float]]:
     """What the paper prints for the task `key`, {row: {metric: figure}}, in percent (MAE: a fraction).
 
     Rows and metrics are those of Table 2 ("cuhk", "sbu", "msd", "duts") or Table 3 ("voc": mIoU and the
-    IoU of ten classes), with the foreground rate FR of Table 9 in the two rows that it has. Raises KeyError.
+    IoU of ten classes), "AlignSAM w/o RL" being "w/o RL" here, with the foreground rate FR of Table 9 in the two rows that it has. Raises KeyError.
     """
     rows = _columns("table3_voc_iou") if key == "voc" else _columns("table2", key)
     foreground_rate = _columns("table9_foreground_rate", key)
     rows["AlignSAM"]["FR"] = foreground_rate["AlignSAM"]["FR"]
-    rows["AlignSAM w/o RL"]["FR"] = foreground_rate["random"]["FR"]  # its other figures are that row's
+    rows["w/o RL"]["FR"] = foreground_rate["random"]["FR"]  # its other figures are that row's
     return rows
 
 
@@ -29,7 +29,7 @@ def _columns(table: str, task: str | None = None) -> dict[str, dict[str, float]]
             raise KeyError(task)
     names = [column and column.split(".")[-1] for column in columns]
     return {
-        row: {OUR_NAMES.get(name, name): figure for name, figure in zip(names, figures, strict=True) if name}
+        row.removeprefix("AlignSAM "): {OUR_NAMES.get(name, name): figure for name, figure in zip(names, figures, strict=True) if name}
         for row, figures in TABLES[table]["rows"].items()
     }
 

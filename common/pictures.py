@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from common.settings import write_atomic
 
@@ -39,10 +39,12 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
 
 
 def overlay(picture: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """picture uint8 (S, S, 3) with the bool mask (H, W) laid over it in blue, PANEL pixels a side."""
+    """picture uint8 (S, S, 3) with the bool mask (H, W) laid over it in blue with a white outline, PANEL pixels a side."""
     base = Image.fromarray(picture).resize((PANEL, PANEL), Image.BILINEAR)
-    where = Image.fromarray((mask * np.uint8(255 * MASK_SHARE)).astype(np.uint8)).resize((PANEL, PANEL), Image.NEAREST)
-    return Image.composite(Image.new("RGB", base.size, MASK_COLOUR), base, where)
+    where = Image.fromarray(mask.astype(np.uint8) * 255).resize((PANEL, PANEL), Image.NEAREST)
+    outline = ImageChops.subtract(where.filter(ImageFilter.MaxFilter(3)), where)
+    base = Image.composite(Image.new("RGB", base.size, MASK_COLOUR), base, where.point(lambda value: value * MASK_SHARE))
+    return Image.composite(Image.new("RGB", base.size, (255, 255, 255)), base, outline)
 
 
 def draw_points(panel: Image.Image, points: np.ndarray, labels: np.ndarray, frame: int) -> None:

@@ -89,13 +89,13 @@ def test_results_hold_the_four_rows_and_the_iou_of_every_round(workplace):
     results = json.loads((workplace / "runs/folder/results.json").read_text())
     assert {"task", "sam", "clip", "seed", "images", "units", "rows", "iou_per_round"} <= results.keys()
     assert results["images"] == 6 and results["task"] == "folder"
-    assert list(results["rows"]) == ["AlignSAM", "AlignSAM w/o RL", "AlignSAM w/o SRM", "AlignSAM w/o MSI"]
+    assert list(results["rows"]) == ["AlignSAM", "w/o RL", "w/o SRM", "w/o MSI"]
     for name, row in results["rows"].items():
         assert {"mIoU", "F", "BER", "E", "MAE", "FR"} <= row.keys()
         assert len(results["iou_per_round"][name]) == (2 if name.endswith("MSI") else 4)
         assert results["iou_per_round"][name][-1] == pytest.approx(row["mIoU"])
     # one round of the same agent and SRM is the same prompting, wherever it is stopped
-    assert results["iou_per_round"]["AlignSAM w/o MSI"] == pytest.approx(results["iou_per_round"]["AlignSAM"][:2])
+    assert results["iou_per_round"]["w/o MSI"] == pytest.approx(results["iou_per_round"]["AlignSAM"][:2])
 
 
 def test_the_strips_show_image_truth_and_the_rounds(workplace):
