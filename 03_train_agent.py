@@ -67,8 +67,9 @@ def main() -> None:
     checkpoint.require_finished(srm_path, stage_2, f"02_train_srm.py TASK={TASK}")
     checkpoint.require_same(srm_path, stage_2["settings"], {"task": TASK, "features": features.identity()})
     branch = stage_2["settings"]["branch"]
-    if ROUNDS > side * side:
-        raise settings.UserError(f"ROUNDS={ROUNDS} is more than the {side * side} patches there are: set it lower")
+    fewest = int((truth_centres != 255).sum(1).min())
+    if ROUNDS > fewest:
+        raise settings.UserError(f"ROUNDS={ROUNDS} is more than the {fewest} patches of one training sample: set it lower")
 
     settings.seed_everything(SEED)
     generator = torch.Generator().manual_seed(SEED)
