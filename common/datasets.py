@@ -124,7 +124,8 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int) -> list
 
     A binary task draws images; one whose mask cannot train (empty or full) is named and passed over. With several
     texts, images that hold each text beside something else are drawn in turn, as evenly over the texts as the data
-    allow; an image may be drawn for two texts, never twice for one. Raises UserError where too few remain.
+    allow; an image is drawn for a second text only where no other is left, and never twice for one. Raises UserError
+    where too few remain.
     """
     rng = np.random.default_rng(seed)
     training = [sample for sample in samples if sample.split == "train"]
@@ -147,9 +148,15 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int) -> list
                 queues[0].append(sample)
             except UserError as error:
                 print(f"not drawn: {error}")
-    order = rng.permutation(len(task.texts))
+    order = [int(text) for text in rng.permutation(len(task.texts))]
+    seen: set[Sample] = set()
     while len(drawn) < count and any(queues.values()):
-        drawn += [(queues[int(text)].pop(0), int(text)) for text in order if queues[int(text)]]
+        for text in order:
+            if queues[text]:  # an image that was not drawn for another text, if there is one
+                sample = next((sample for sample in queues[text] if sample not in seen), queues[text][0])
+                queues[text].remove(sample)
+                seen.add(sample)
+                drawn.append((sample, text))
     if len(drawn) < count:
         raise UserError(f"SHOTS={count} training samples are asked for and {task.name} has {len(drawn)} that can train: "
                         f"set SHOTS={len(drawn)} or less")
