@@ -105,7 +105,9 @@ def main() -> None:
                 if row == "AlignSAM" and start + index in pictured:
                     shown = {number: masks[number] for number in STRIP_ROUNDS if number < len(masks)}
                     points, labels = episode.points[index].cpu().numpy(), episode.labels[index].cpu().numpy()
-                    strips[start + index] = strip(features.picture(batch[index]), truth, shown, points, labels, frame)
+                    name, target = features.name(batch[index]), features.texts[batch[index][1]]
+                    strips[start + index] = strip(name, target, features.picture(batch[index]), truth, shown, points,
+                                                  labels, frame)
         rows[row] = average(scores[-1], classes) | {"FR": on_target / (rounds * len(samples))}
         iou_per_round[row] = [average(after, classes)["mIoU"] for after in scores]
 

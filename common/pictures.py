@@ -54,14 +54,16 @@ def draw_points(panel: Image.Image, points: np.ndarray, labels: np.ndarray, fram
         draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=FOREGROUND if label else BACKGROUND, outline=(255, 255, 255))
 
 
-def strip(picture: np.ndarray, truth: np.ndarray, masks: dict[int, np.ndarray], points: np.ndarray, labels: np.ndarray,
-          frame: int) -> Image.Image:
+def strip(name: str, target: str, picture: np.ndarray, truth: np.ndarray, masks: dict[int, np.ndarray],
+          points: np.ndarray, labels: np.ndarray, frame: int) -> Image.Image:
     """One row: image, ground truth, then the mask with its points after each of the given rounds.
 
+    name and target caption the first two panels: the image's name and the text that is asked for.
     truth uint8 (H, W), 1 = foreground; masks round -> bool (H, W); points (2 + T, 2) and labels (2 + T,) in the order
     of prompting, the first two being P_0.
     """
-    panels = [("image", overlay(picture, np.zeros((1, 1), bool))), ("ground truth", overlay(picture, truth == 1))]
+    panels = [(name, overlay(picture, np.zeros((1, 1), bool))),
+              (f"ground truth: {target}", overlay(picture, truth == 1))]
     for number, mask in masks.items():
         panel = overlay(picture, mask)
         draw_points(panel, points[:2 + number], labels[:2 + number], frame)

@@ -64,4 +64,5 @@ def test_the_sam_stand_in_follows_corrective_clicks_on_scenes_it_never_saw():
 
     images, maps, things = zip(*(draw_small(TRAIN + HELD_OUT + index) for index in range(32)))
     curve = corrective_clicks(model.build_sam(), np.stack(images), np.stack(maps), list(things), 8).mean(0)
-    assert curve[2] >= 0.75 and curve[7] >= 0.85, curve
+    untrained = corrective_clicks(model.new_sam().eval(), np.stack(images), np.stack(maps), list(things), 3).mean(0)
+    assert curve[2] >= 0.65 and curve[7] > curve[2] > curve[0] > untrained.max() + 0.3, curve
