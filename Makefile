@@ -28,7 +28,7 @@ seeds: .venv/installed  ## every demo task over three training seeds, and the ta
 	done
 	$(RUN) -m common.summary $(foreach task,$(TASKS),$(foreach seed,$(SEEDS),runs/$(task)-seed$(seed)))
 
-standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: hours on a CPU, minutes on a GPU
+standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: two hours on a CPU
 	$(RUN) -m common.standin.train_sam
 	$(RUN) -m common.standin.train_clip
 

@@ -1,6 +1,6 @@
 """Trains the CLIP stand-in from scratch on crops of scenes and captions of what is in them.
 
-    python -m common.standin.train_clip           about 40 minutes on 2 CPU cores, a few minutes on a GPU
+    python -m common.standin.train_clip           40 minutes on one thread of a 2-core CPU
 
 The model is open_clip's `CLIP` at small size. Captions name kinds of things (with colour or surface, or without),
 shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates. In a batch of so few concepts many

@@ -1,6 +1,6 @@
 """Trains the SAM stand-in from scratch, the way SAM was trained: clicks, then clicks where the mask is wrong.
 
-    python -m common.standin.train_sam            about 40 minutes on 2 CPU cores, a few minutes on a GPU
+    python -m common.standin.train_sam            76 minutes on one thread of a 2-core CPU
 
 Each step embeds a batch of scenes, asks for two targets a scene and decodes three times: after the first prompt (one
 click, a positive and a negative one, or a box), after a few corrective clicks, and after up to 17 points in all, drawn
