@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import cache, settings
+from common import cache, checkpoint, datasets, settings
 from common.clip_surgery import ClipSurgery, load_clip
 from common.datasets import draw_shots, image_size, list_samples, load_image, load_labels
 from common.sam import SamEmbedder, load_sam, sam_fingerprint, squash
@@ -51,6 +51,9 @@ FEATURES = ""  # the cache; empty = features.h5 in the run folder
 
 def main() -> None:
     settings.positive(globals(), "SHOTS", "IMAGE_SIZE", "PATCH_SIZE", "BATCH_SIZE", "WORKERS")
+    settings.not_negative(globals(), "SEED", "CLIP_SIZE")
+    if SHOTS < 2:
+        raise settings.UserError(f"SHOTS={SHOTS} is too few to compare an action with another: set 2 or more")
     if IMAGE_SIZE % PATCH_SIZE:
         raise settings.UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one that does")
     device = settings.device(DEVICE)
@@ -82,8 +85,10 @@ def main() -> None:
         embedding=(sam.prompt_encoder.embed_dim, *grid), frame=IMAGE_SIZE, patch=PATCH_SIZE)
     provenance = {
         "task": TASK, "branch": task.branch, "sam": SAM, "sam_fingerprint": sam_fingerprint(sam), "clip": CLIP,
-        "clip_size": clip_size, "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
-        "precision": "bf16" if embedder.bf16 else "fp32", "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()), "clip_size": clip_size,
+        "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
+        "cuhk_white_is_blurred": datasets.CUHK_WHITE_IS_BLURRED, "precision": "bf16" if embedder.bf16 else "fp32",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "segment_anything", "open_clip_torch")}}
     run_dir = settings.run_dir(RUN_DIR, TASK)
     path = settings.features(FEATURES, run_dir)

@@ -62,6 +62,7 @@ def accuracy(srm: torch.nn.Module, episode: Episode, truth: torch.Tensor) -> tup
 
 def main() -> None:
     settings.positive(globals(), "STEPS", "SRM_BATCH", "LEARNING_RATE", "ROUNDS", "HELD_OUT", "SAVE_EVERY", "LOG_EVERY")
+    settings.not_negative(globals(), "SEED")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK)
@@ -75,6 +76,10 @@ def main() -> None:
     maps, truth = features.maps(samples).to(device), features.truth_grid(samples).to(device)
     truth_centres = features.truth_centres(samples).to(device)
     labels = [features.labels(sample) for sample in samples]
+
+    fewest = int((truth_centres != 255).sum(1).min())
+    if ROUNDS > fewest:
+        raise settings.UserError(f"ROUNDS={ROUNDS} is more than the {fewest} patches of one training sample: set it lower")
 
     # the SRM, fresh or from where a killed run stopped
     branch = BRANCH or features.attrs["branch"]

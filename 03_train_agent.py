@@ -46,6 +46,7 @@ def main() -> None:
                       "SRM_BATCH")
     if not 0 < GAMMA < 1:
         raise settings.UserError(f"GAMMA={GAMMA} is no discount: set it between 0 and 1")
+    settings.not_negative(globals(), "SEED")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK)
@@ -142,7 +143,7 @@ def main() -> None:
         update = ppo_update(actor, critic, ppo, states, torch.cat(actions), torch.cat(allowed), torch.cat(log_probs),
                             targets.flatten(), advantages.flatten(), EPOCHS, CLIP_RANGE)
 
-        final = episode.mask > 0.5
+        final = (episode.mask > 0.5) & (truth >= 0)
         overlap = (final & (truth > 0.5)).sum((1, 2)) / (final | (truth > 0.5)).sum((1, 2)).clamp(min=1)
         srm_losses, srm_accuracies = zip(*srm_log)
         log.append({
@@ -155,6 +156,7 @@ def main() -> None:
                                **{name: part.state_dict() for name, part in learning.items()}})
         checkpoint.write_log(run_dir / "agent_log.csv", log)
 
+    checkpoint.write_log(run_dir / "agent_log.csv", log)
     plot_curves(log, run_dir / "agent_curves.png", f"{TASK}, stage 3: agent and SRM ({branch} branch), seed {SEED}")
     print(f"last episode: foreground rate {log[-1]['foreground_rate']:.3f} (first {log[0]['foreground_rate']:.3f}), "
           f"IoU on the training samples {log[-1]['training_iou']:.3f}")

@@ -19,7 +19,7 @@ from common.episode import Episode, patch_centres
 from common.metrics import average, evaluate_mask
 from common.paper import paper_row, results_table
 from common.pictures import save_strips, strip
-from common.sam import CHECKPOINTS, BatchedPrompter, full_masks, load_decoder
+from common.sam import BatchedPrompter, full_masks, load_decoder
 from common.srm import build_srm
 from common.tasks import get_task
 
@@ -39,13 +39,14 @@ RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
 
 # each row: is the patch the agent's (else drawn at random), is the label the SRM's (else positive), how many rounds
-ROWS = {"AlignSAM": (True, True, "all"), "w/o RL": (False, True, "all"),
-        "w/o SRM": (True, False, "all"), "w/o MSI": (True, True, "one")}
+_ROWS = {"AlignSAM": (True, True, "all"), "w/o RL": (False, True, "all"),
+         "w/o SRM": (True, False, "all"), "w/o MSI": (True, True, "one")}
 STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
 
 
 def main() -> None:
     settings.positive(globals(), "ROUNDS", "BATCH_SIZE")
+    settings.not_negative(globals(), "SEED", "PICTURES")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK)
@@ -71,7 +72,7 @@ def main() -> None:
     pictured = set(np.linspace(0, len(samples) - 1, min(PICTURES, len(samples))).astype(int))
     rows, iou_per_round, strips = {}, {}, {}
 
-    for row, (by_agent, by_srm, rounds) in ROWS.items():
+    for row, (by_agent, by_srm, rounds) in _ROWS.items():
         rounds = ROUNDS if rounds == "all" else 1
         generator = torch.Generator().manual_seed(SEED)
         scores: list[list[dict]] = [[] for _ in range(rounds + 1)]  # after each round, one per sample
@@ -118,7 +119,7 @@ def main() -> None:
     print(f"\n{TASK}, {len(samples)} test samples, SAM {features.attrs['sam']}, CLIP {features.attrs['clip']}"
           + ("" if real else " (stand-ins: small models trained on drawn scenes; no figure here compares with the paper's)"))
     table = {name: {key: value for key, value in row.items() if key != "per_class"} for name, row in rows.items()}
-    print(results_table(table, paper_row(task_paper) if task_paper and features.attrs["sam"] in CHECKPOINTS else None))
+    print(results_table(table, paper_row(task_paper) if task_paper and real else None))
     print(f"FR attainable: {attainable:.4f} (no choice of {ROUNDS} different patches does better)")
     if classes:
         per_class = {name: {label: scores["mIoU"] for label, scores in row["per_class"].items()} for name, row in rows.items()}
@@ -126,7 +127,7 @@ def main() -> None:
 
     results = {
         "task": TASK, "sam": features.attrs["sam"], "clip": features.attrs["clip"], "seed": trained["settings"]["seed"],
-        "images": len(samples), "units": "all metrics are fractions between 0 and 1", "rounds": ROUNDS,
+        "images": len(samples), "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "units": "all metrics are fractions between 0 and 1", "rounds": ROUNDS,
         "branch": trained["settings"]["branch"], "foreground_rate_attainable": attainable, "rows": rows,
         "iou_per_round": iou_per_round}
     settings.write_atomic(run_dir / "results.json", lambda temporary: temporary.write_text(json.dumps(results, indent=1)))

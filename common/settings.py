@@ -124,6 +124,13 @@ def positive(constants: dict[str, object], /, *names: str) -> None:
             raise UserError(f"{name}={_show(value)} must be greater than 0")
 
 
+def not_negative(constants: dict[str, object], /, *names: str) -> None:
+    """Raise UserError naming the first of these constants that is below 0 or, as a seed, too large for NumPy."""
+    for name in names:
+        if not 0 <= constants[name] < 2**32:
+            raise UserError(f"{name}={constants[name]} must be 0 or more, and below 2^32")
+
+
 def device(name: str) -> torch.device:
     """The device called `name`: "cuda", "cuda:1", "mps", "cpu", or "auto", the first there is of these."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

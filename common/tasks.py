@@ -71,7 +71,7 @@ def get_task(name: str, prompt: str = "") -> Task:
 
     prompt: the text of the task "folder" (your own pictures); the other tasks have texts of their own and
         ignore it. A folder task takes the explicit branch, since a text names its target; for a target that
-        no text names well, use `dataclasses.replace(task, branch="implicit")`.
+        no text names well, set BRANCH=implicit in stage 2.
     Raises UserError for an unknown name (listing those there are) and for "folder" without a prompt.
     """
     if name == "folder":

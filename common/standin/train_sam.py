@@ -5,7 +5,7 @@
 Each step embeds a batch of scenes, asks for two targets a scene and decodes three times: after the first prompt (one
 click, a positive and a negative one, or a box), after a few corrective clicks, and after up to 17 points in all, drawn
 from the error region and from the 10 x 10 patch centres that AlignSAM's agent chooses among. Targets are single things,
-unions of several (prompting must be able to collect disjoint parts), shadows, mirrors and defocused regions, without
+unions of several or of all of one kind (prompting must be able to collect disjoint parts), shadows, mirrors and defocused regions, without
 names. An auxiliary head on the embedding predicts how each place is painted and its local statistics: clicks alone
 teach edges, but no kinds of things. Neither the demo tasks' scenes nor the names of their targets are used.
 """
@@ -34,7 +34,6 @@ LEARNING_RATE = 6e-4  # AdamW, 300 warm-up steps, cosine to zero
 SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = IMAGE_SIZE // 2  # side of the decoder's low-resolution masks, at which targets and clicks live
-GRID = IMAGE_SIZE // STRIDE
 
 
 def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor, boxes: Tensor | None = None,
@@ -136,7 +135,7 @@ def corrective_clicks(sam: Sam, images: np.ndarray, maps: np.ndarray, things: li
     for start in range(0, len(images), BATCH):
         chunk = slice(start, start + BATCH)
         targets = torch.from_numpy(np.stack([draw_target(m, t, rng) for m, t in zip(maps[chunk], things[chunk])]))
-        pictures = torch.from_numpy(images[chunk].copy()).permute(0, 3, 1, 2).float().to(DEVICE)
+        pictures = torch.from_numpy(images[chunk].copy()).permute(0, 3, 1, 2).float().to(sam.device)
         embeddings = sam.image_encoder(sam.preprocess(pictures)).float()
         found, points, row = torch.zeros_like(targets), [], []
         for _ in range(clicks):
@@ -149,7 +148,7 @@ def corrective_clicks(sam: Sam, images: np.ndarray, maps: np.ndarray, things: li
                 places.append([(x + 0.5) * 2, (y + 0.5) * 2])
             points.append(torch.tensor(places, dtype=torch.float32))
             at = torch.stack(points, 1)
-            logits, _ = decode(sam, embeddings, at.to(DEVICE), label_of(at, targets).to(DEVICE))
+            logits, _ = decode(sam, embeddings, at.to(sam.device), label_of(at, targets).to(sam.device))
             found = (logits[:, 0] > 0).cpu()
             row.append(iou(logits[:, 0].cpu(), targets))
         scores.append(torch.stack(row, 1))
