@@ -127,7 +127,9 @@ def main() -> None:
 
     results = {
         "task": TASK, "sam": features.attrs["sam"], "clip": features.attrs["clip"], "seed": trained["settings"]["seed"],
-        "images": len(samples), "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "units": "all metrics are fractions between 0 and 1", "rounds": ROUNDS,
+        "images": len(samples),
+        "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "rounds": ROUNDS,
+        "units": "all metrics are fractions between 0 and 1",
         "branch": trained["settings"]["branch"], "foreground_rate_attainable": attainable, "rows": rows,
         "iou_per_round": iou_per_round}
     settings.write_atomic(run_dir / "results.json", lambda temporary: temporary.write_text(json.dumps(results, indent=1)))

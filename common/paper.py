@@ -11,7 +11,8 @@ def paper_row(key: str) -> dict[str, dict[str, float]]:
     """What the paper prints for the task `key`, {row: {metric: figure}}, in percent (MAE: a fraction).
 
     Rows and metrics are those of Table 2 ("cuhk", "sbu", "msd", "duts") or Table 3 ("voc": mIoU and the
-    IoU of ten classes), "AlignSAM w/o RL" being "w/o RL" here, with the foreground rate FR of Table 9 in the two rows that it has. Raises KeyError.
+    IoU of ten classes), "AlignSAM w/o RL" being
+    "w/o RL" here, with the foreground rate FR of Table 9 in the two rows that it has. Raises KeyError.
     """
     rows = _columns("table3_voc_iou") if key == "voc" else _columns("table2", key)
     foreground_rate = _columns("table9_foreground_rate", key)

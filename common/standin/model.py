@@ -6,7 +6,6 @@ milliseconds. Everything behind the embedding is segment_anything's code, so the
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d

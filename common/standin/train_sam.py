@@ -5,8 +5,8 @@
 Each step embeds a batch of scenes, asks for two targets a scene and decodes three times: after the first prompt (one
 click, a positive and a negative one, or a box), after a few corrective clicks, and after up to 17 points in all, drawn
 from the error region and from the 10 x 10 patch centres that AlignSAM's agent chooses among. Targets are single things,
-unions of several or of all of one kind (prompting must be able to collect disjoint parts), shadows, mirrors and defocused regions, without
-names. An auxiliary head on the embedding predicts how each place is painted and its local statistics: clicks alone
+unions of several or of all of one kind (prompting must be able to collect disjoint parts), shadows, mirrors and
+defocused regions, without names. An auxiliary head on the embedding predicts how each place is painted and its local statistics: clicks alone
 teach edges, but no kinds of things. Neither the demo tasks' scenes nor the names of their targets are used.
 """
 
