@@ -14,7 +14,7 @@ from common.cache import Cache
 from common.episode import Episode, patch_centres, random_pixels
 from common.pictures import plot_curves
 from common.sam import BatchedPrompter, load_decoder
-from common.srm import build_srm, sample_at, srm_loss
+from common.srm import build_srm, sample_at, train_step
 
 # what is trained
 TASK = "demo_saliency"  # as in stage 1
@@ -22,7 +22,7 @@ BRANCH = ""  # implicit or explicit (Table 4); empty = the task's own
 SEED = 0  # of weights, states and batches
 
 # how (the paper trains the SRM inside Algorithm 1 only; this stage gives the agent a sensible one from the start)
-STEPS = 600  # optimiser steps
+STEPS = 800  # optimiser steps
 SRM_BATCH = 8  # samples a step
 LEARNING_RATE = 1e-3  # Adam; stage 3 goes on at the paper's 1e-4
 ROUNDS = 15  # states have up to this many points beyond the start (T)
@@ -106,14 +106,11 @@ def main() -> None:
         reach_state(kind, episode, srm, [labels[row] for row in rows], generator)
 
         # Eqs. 11 to 13: y_r from s_c and s_t, Dice + BCE against y on the grid
-        loss = srm_loss(srm(episode.semantic_state(), episode.state()), truth[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss, _ = train_step(srm, optimizer, episode.semantic_state(), episode.state(), truth[rows], generator)
 
         if step % LOG_EVERY == 0:
             foreground, background = accuracy(srm, episode, truth_centres[rows])
-            log.append({"step": step, "loss": loss.item(), "foreground_accuracy": foreground,
+            log.append({"step": step, "loss": loss, "foreground_accuracy": foreground,
                         "background_accuracy": background})
         if step % SAVE_EVERY == 0 or step == STEPS:
             checkpoint.save(path, {

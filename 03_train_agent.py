@@ -17,7 +17,7 @@ from common.cache import Cache
 from common.episode import Episode, patch_centres, random_pixels
 from common.pictures import plot_curves
 from common.sam import BatchedPrompter, load_decoder
-from common.srm import build_srm, srm_loss
+from common.srm import build_srm, train_step
 
 # what is trained
 TASK = "demo_saliency"  # as in stage 1
@@ -94,16 +94,11 @@ def main() -> None:
         log, first = saved["log"], len(saved["log"]) + 1
 
     def train_srm(episode: Episode) -> tuple[float, float]:
-        """q steps of Eq. 13 on samples of the roll-out in their present state; the last loss and pixel accuracy."""
+        """q steps of Eq. 13 on samples of the roll-out in their present state; the last loss and share of cells right."""
         for _ in range(SRM_STEPS[branch]):
             rows = torch.randperm(len(samples), generator=generator)[:SRM_BATCH].to(device)
-            logits = srm(episode.semantic_state(rows), episode.state(rows))
-            loss = srm_loss(logits, truth[rows])
-            srm_optimizer.zero_grad()
-            loss.backward()
-            srm_optimizer.step()
-        known = truth[rows] >= 0
-        return loss.item(), ((logits > 0) == (truth[rows] > 0.5))[known].float().mean().item()
+            last = train_step(srm, srm_optimizer, episode.semantic_state(rows), episode.state(rows), truth[rows], generator)
+        return last
 
     for number in tqdm(range(first, EPISODES + 1), "training the agent", initial=first - 1, total=EPISODES):
         started = time.time()

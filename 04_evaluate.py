@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, settings
-from common.agent import Actor, pick, policy
+from common.agent import Actor, policy
 from common.cache import Cache
 from common.episode import Episode, patch_centres
 from common.metrics import average, evaluate_mask
@@ -42,6 +42,12 @@ FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
 _ROWS = {"AlignSAM": (True, True, "all"), "w/o RL": (False, True, "all"),
          "w/o SRM": (True, False, "all"), "w/o MSI": (True, True, "one")}
 STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
+
+
+def gumbel_noise(sample: int, rounds: int, actions: int) -> torch.Tensor:
+    """(T, A) of the sample's own generator, so that a draw does not depend on what else is in the batch."""
+    generator = torch.Generator().manual_seed(SEED * 1_000_003 + sample)
+    return -(-torch.rand(rounds, actions, generator=generator).clamp(1e-9, 1 - 1e-7).log()).log()
 
 
 def main() -> None:
@@ -74,25 +80,24 @@ def main() -> None:
 
     for row, (by_agent, by_srm, rounds) in _ROWS.items():
         rounds = ROUNDS if rounds == "all" else 1
-        generator = torch.Generator().manual_seed(SEED)
         scores: list[list[dict]] = [[] for _ in range(rounds + 1)]  # after each round, one per sample
         on_target = 0
         for start in tqdm(range(0, len(samples), BATCH_SIZE), row):
             batch = samples[start:start + BATCH_SIZE]
             truths = [features.labels(sample) for sample in batch]
             episode = Episode(prompter, features.embeddings(batch).float().to(device), features.maps(batch).to(device), centres)
+            chance = torch.stack([gumbel_noise(start + index, rounds, len(centres)) for index in range(len(batch))], 1)
             logits = []  # SAM's answer after each round, M_0 first
 
             with torch.no_grad():
                 # P_0: the SRM's highest and lowest place; then T rounds of patch, label, mask
                 episode.start_without_truth(srm)
                 logits.append(episode.logits)
-                for _ in range(rounds):
-                    preference = actor(episode.action_state()) if by_agent else torch.zeros(episode.allowed.shape)
-                    distribution = policy(preference.to(device), episode.allowed)
-                    action = distribution.probs.argmax(1)
-                    if not by_agent or SAMPLE_ACTIONS:
-                        action = pick(distribution, generator)
+                for noise in chance.to(device):
+                    preference = actor(episode.action_state()) if by_agent else torch.zeros_like(noise)
+                    if not by_agent or SAMPLE_ACTIONS:  # the highest of logits with Gumbel noise is a draw from the policy
+                        preference = preference + noise
+                    action = policy(preference, episode.allowed).logits.argmax(1)
                     answer = episode.label_by(episode.foreground(srm), action) if by_srm else torch.ones_like(action)
                     truth = truths_at_centres[start:start + len(batch)].gather(1, action.cpu()[:, None])
                     on_target += int((truth == 1).sum())

@@ -42,8 +42,19 @@ class Critic(nn.Module):
 
 
 def pool_state(state: Tensor, side: int) -> Tensor:
-    """The state s_t (B, C, h, w) averaged over each of the side x side patches: what actor and critic read."""
-    return F.adaptive_avg_pool2d(state, side)
+    """The state s_t (B, C, h, w) averaged over each of the side x side patches: what actor and critic read.
+
+    Where a patch ends inside a cell, the cell counts by the share that lies in the patch.
+    """
+    down, across = (_overlap(side, cells).to(state) for cells in state.shape[2:])
+    return down @ state @ across.T
+
+
+def _overlap(patches: int, cells: int) -> Tensor:
+    """(patches, cells): the share of each of `patches` equal pieces of a line that lies in each of `cells` equal ones."""
+    ends, borders = torch.arange(patches + 1)[:, None] / patches, torch.arange(cells + 1) / cells
+    shared = torch.minimum(ends[1:], borders[1:]) - torch.maximum(ends[:-1], borders[:-1])
+    return shared.clamp(min=0) * patches
 
 
 def policy(logits: Tensor, allowed: Tensor) -> Categorical:

@@ -48,8 +48,9 @@ class Episode:
 
     @torch.no_grad()
     def foreground(self, srm: nn.Module) -> Tensor:
-        """y_r (B, h, w): the SRM's foreground probability in the current state (Eq. 12)."""
-        return srm(self.semantic_state(), self.state()).sigmoid()
+        """y_r (B, h, w): the SRM's foreground probability in the current state (Eq. 12), a few images at a time."""
+        rows = torch.arange(len(self.mask), device=self.mask.device).split(self.prompter.max_batch)
+        return torch.cat([srm(self.semantic_state(some), self.state(some)) for some in rows]).sigmoid()
 
     def label_by(self, y_r: Tensor, actions: Tensor) -> Tensor:
         """(B,) 1 where y_r, sampled at the chosen patch centre, is above one half."""

@@ -270,9 +270,9 @@ class BatchedPrompter:
 def probability_grid(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """The M that multiplies F (AlignSAM, Eqs. 4 and 11): logits (B, H', W') -> probabilities (B, h, w).
 
-    Sigmoid first, then antialiased bilinear, so that a cell averages the probabilities under it.
+    Sigmoid first, so that a cell averages the probabilities under it.
     """
-    return F.interpolate(logits.sigmoid()[:, None], size, mode="bilinear", antialias=True)[:, 0]
+    return F.adaptive_avg_pool2d(logits.sigmoid(), size)
 
 
 def full_masks(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from common.layers import ChannelNorm
 
 WIDTH = 64  # channels inside either branch: 50 images cannot train more
 HEADS = 4  # of the explicit branch's self-attention
+CHANNEL_DROP = 0.2  # share of F's channels hidden from a sample in training: 50 images are soon learnt by heart
 
 
 def conv_block(before: int, after: int) -> nn.Sequential:
@@ -79,8 +80,28 @@ def srm_loss(logits: Tensor, truth: Tensor) -> Tensor:
     return (dice + entropy).mean()
 
 
+def train_step(srm: nn.Module, optimizer: torch.optim.Optimizer, s_c: Tensor, s_t: Tensor, truth: Tensor,
+               generator: torch.Generator) -> tuple[float, float]:
+    """One optimiser step of Eq. 13; returns the loss and the share of cells answered right.
+
+    s_c, s_t (B, C, h, w), truth (B, h, w) as in `srm_loss`. The paper is silent on augmentation; without any the SRM
+    answers its 50 images right and others badly, so each step sees them flipped at random, some channels hidden.
+    `generator`, on the CPU whatever the device, makes a resumed run draw what an undisturbed one draws.
+    """
+    for axis in (1, 2):
+        if torch.rand(1, generator=generator) < 0.5:
+            s_c, s_t, truth = s_c.flip(axis + 1), s_t.flip(axis + 1), truth.flip(axis)
+    kept = (torch.rand(s_t.shape[:2], generator=generator) >= CHANNEL_DROP).to(s_t)[:, :, None, None] / (1 - CHANNEL_DROP)
+    logits = srm(s_c * kept, s_t * kept)
+    loss = srm_loss(logits, truth)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item(), ((logits > 0) == (truth > 0.5))[truth >= 0].float().mean().item()
+
+
 def sample_at(values: Tensor, points: Tensor, frame: int) -> Tensor:
     """Bilinear samples (B, N) of maps (B, h, w) at points (B, N, 2), (x, y) in a frame x frame picture."""
-    where = points[:, :, None].to(values) * (2 / frame) - 1
-    samples = F.grid_sample(values[:, None], where, mode="bilinear", padding_mode="border", align_corners=False)
-    return samples[:, 0, :, 0]
+    edge = 1 - 1 / torch.tensor(values.shape[:0:-1], device=values.device)  # centre of the last cell, (w, h)
+    where = (points.to(values) * (2 / frame) - 1).clamp(-edge, edge)[:, :, None]  # beyond it: as at the border
+    return F.grid_sample(values[:, None], where, mode="bilinear", align_corners=False)[:, 0, :, 0]

@@ -10,7 +10,7 @@ from common.episode import Episode, patch_centres, random_pixels
 class Recorder:
     """Stands in for SAM: answers with confident logits where it was last told foreground, and remembers the prompts."""
 
-    frame = 800
+    frame, max_batch = 800, 2
 
     def decode(self, embeddings, points, labels):
         self.points, self.labels = points.clone(), labels.clone()

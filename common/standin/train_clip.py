@@ -1,6 +1,6 @@
 """Trains the CLIP stand-in from scratch on crops of scenes and captions of what is in them.
 
-    python -m common.standin.train_clip           40 minutes on one thread of a 2-core CPU
+    python -m common.standin.train_clip           70 minutes on one thread of a 2-core CPU
 
 The model is open_clip's `CLIP` at small size. Captions name kinds of things (with colour or surface, or without),
 shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates. In a batch of so few concepts many
@@ -26,8 +26,9 @@ from common.standin.scenes import KINDS
 from common.standin.store import load_scenes
 from common.standin.train_sam import HELD_OUT, SCENES, TRAIN
 
-STEPS = 2200  # optimiser steps
+STEPS = 4200  # optimiser steps
 BATCH = 64  # crops and captions a step
+REGIONS = 4  # of each crop: what lies beside a thing must not look like it
 LEARNING_RATE = 1e-3  # AdamW, 200 warm-up steps, cosine to zero
 REPORT = 150  # held-out scenes of the pointing game
 SEED = 0
@@ -64,14 +65,16 @@ def write_caption(words: set[str], rng: np.random.Generator) -> tuple[str, set[s
     return TEMPLATES[rng.integers(len(TEMPLATES))](spoken), {word}
 
 
-def choose_region(maps: np.ndarray, things: list[dict], rng: np.random.Generator) -> np.ndarray:
-    """A region of the scene, (s, s) bool: a thing, an effect or, now and then, the ground where nothing is."""
-    instances, _, shadow, mirror, blur = maps
-    regions = [instances == index + 1 for index in range(len(things))]
-    regions += [layer > 0 for layer in (shadow, mirror, blur) if layer.any()] * 2
-    ground = (instances == 0) & (shadow == 0) & (mirror == 0) & (blur == 0)
-    region = ground if rng.random() < 0.15 or not regions else regions[rng.integers(len(regions))]
-    return region if region.any() else instances == instances
+def choose_region(maps: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """A region of maps (5, s, s), as (s, s) bool: one of `count` things, an effect or, now and then, the bare ground."""
+    instances, effects = maps[0], [layer > 0 for layer in maps[2:] if layer.any()]
+    things = [index for index in range(1, count + 1) if (instances == index).any()]
+    options = len(things) + 2 * len(effects)
+    if rng.random() < 0.15 or not options:
+        ground = (instances == 0) & ~maps[2:].any(0)
+        return ground if ground.any() else instances == instances
+    choice = int(rng.integers(options))
+    return instances == things[choice] if choice < len(things) else effects[(choice - len(things)) // 2]
 
 
 def choose_window(region: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
@@ -86,31 +89,32 @@ def choose_window(region: np.ndarray, rng: np.random.Generator) -> tuple[slice, 
 
 def draw_batch(images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
                rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str], Tensor, Tensor]:
-    """Crops (B, 3, 64, 64) uint8, a region of each as weights over its 64 patches (B, 64), captions of the regions, and
-    which caption is true of which crop and of which region, (B, B) bool each."""
+    """Crops (B, 3, 64, 64) uint8, R regions of each as weights over its 64 patches (B, R, 64), a caption of each crop's
+    first region, and which caption is true of which crop (B, B) and of which region (B, R, B), bool."""
     crops, weights, captions, claims, crop_words, region_words = [], [], [], [], [], []
     for row in rng.choice(TRAIN, BATCH, replace=False):
-        layers = maps[row]
-        region = choose_region(layers, things[row], rng)
-        window = choose_window(region, rng)
-        layers, region = layers[(slice(None), *window)], region[window]
+        inventory = things[row]
+        window = choose_window(choose_region(maps[row], len(inventory), rng), rng)
         flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
+        layers = maps[row][(slice(None), *window)][..., flip]
         crops.append(np.asarray(Image.fromarray(images[row][window][:, flip]).resize((CROP, CROP), Image.BILINEAR)))
-        patches = Image.fromarray(region[:, flip].astype(np.float32)).resize((CROP // PATCH, CROP // PATCH), Image.BOX)
-        weights.append(np.asarray(patches).ravel() / max(np.asarray(patches).sum(), 1e-6))
-        crop_words.append(words_of(layers, things[row], np.ones_like(region), 0.015))
-        region_words.append(words_of(layers, things[row], region, 0.2))
-        caption, claimed = write_caption(region_words[-1], rng)
+        regions = [choose_region(layers, len(inventory), rng) for _ in range(REGIONS)]
+        patches = np.stack([np.asarray(Image.fromarray(region.astype(np.float32)).resize(
+            (CROP // PATCH, CROP // PATCH), Image.BOX)).ravel() for region in regions])
+        weights.append(patches / patches.sum(1, keepdims=True).clip(1e-6))
+        crop_words.append(words_of(layers, inventory, np.ones_like(regions[0]), 0.015))
+        region_words.append([words_of(layers, inventory, region, 0.2) for region in regions])
+        caption, claimed = write_caption(region_words[-1][0], rng)
         captions.append(caption)
         claims.append(claimed)
-    true_of_crops, true_of_regions = (torch.tensor([[claimed <= words for claimed in claims] for words in told])
-                                      for told in (crop_words, region_words))
+    true_of_crops = torch.tensor([[claimed <= words for claimed in claims] for words in crop_words])
+    true_of_regions = torch.tensor([[[claimed <= words for claimed in claims] for words in told] for told in region_words])
     return (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(weights)), captions,
             true_of_crops, true_of_regions)
 
 
 def pair_loss(similarity: Tensor, true: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Sigmoid loss over all (B, B) pairs; true and false ones weigh the same, however many there are of each."""
+    """Sigmoid loss over all pairs (..., B) of something with a caption; true and false ones weigh the same, however many there are of each."""
     losses = F.softplus((scale.exp() * similarity + bias) * torch.where(true, -1, 1))
     return (losses[true].mean() + losses[~true].mean()) / 2
 
@@ -168,7 +172,7 @@ def main() -> None:
             tokens = surgery_tokens(model.visual, (crops.to(DEVICE) / 255 - mean) / deviation)
             texts = F.normalize(model.encode_text(tokenizer(captions).to(DEVICE)), dim=-1)
         tokens, texts = tokens.float(), texts.float()
-        regions = torch.einsum("bn,bnd->bd", weights.to(DEVICE), tokens[:, 1:])
+        regions = torch.einsum("brn,bnd->brd", weights.to(DEVICE), tokens[:, 1:])
         loss = pair_loss(tokens[:, 0] @ texts.T, true_of_crops.to(DEVICE), scales[0], biases[0])
         loss = loss + pair_loss(regions @ texts.T, true_of_regions.to(DEVICE), scales[1], biases[1])
         optimizer.zero_grad()
