@@ -22,7 +22,7 @@ BRANCH = ""  # implicit or explicit (Table 4); empty = the task's own
 SEED = 0  # of weights, states and batches
 
 # how (the paper trains the SRM inside Algorithm 1 only; this stage gives the agent a sensible one from the start)
-STEPS = 800  # optimiser steps
+STEPS = 600  # optimiser steps
 SRM_BATCH = 8  # samples a step
 LEARNING_RATE = 1e-3  # Adam; stage 3 goes on at the paper's 1e-4
 ROUNDS = 15  # states have up to this many points beyond the start (T)

@@ -13,7 +13,7 @@ from common.layers import ChannelNorm
 
 WIDTH = 64  # channels inside either branch: 50 images cannot train more
 HEADS = 4  # of the explicit branch's self-attention
-CHANNEL_DROP = 0.2  # share of F's channels hidden from a sample in training: 50 images are soon learnt by heart
+CHANNEL_DROP = 0.4  # share of F's channels hidden from a sample in training: 50 images are soon learnt by heart
 
 
 def conv_block(before: int, after: int) -> nn.Sequential:
@@ -85,12 +85,10 @@ def train_step(srm: nn.Module, optimizer: torch.optim.Optimizer, s_c: Tensor, s_
     """One optimiser step of Eq. 13; returns the loss and the share of cells answered right.
 
     s_c, s_t (B, C, h, w), truth (B, h, w) as in `srm_loss`. The paper is silent on augmentation; without any the SRM
-    answers its 50 images right and others badly, so each step sees them flipped at random, some channels hidden.
+    answers its 50 images right and others badly, so each step hides some of F's channels. (Flipped embeddings would be
+    no augmentation: the encoder's features know direction and place, and no flipped image has a flipped embedding.)
     `generator`, on the CPU whatever the device, makes a resumed run draw what an undisturbed one draws.
     """
-    for axis in (1, 2):
-        if torch.rand(1, generator=generator) < 0.5:
-            s_c, s_t, truth = s_c.flip(axis + 1), s_t.flip(axis + 1), truth.flip(axis)
     kept = (torch.rand(s_t.shape[:2], generator=generator) >= CHANNEL_DROP).to(s_t)[:, :, None, None] / (1 - CHANNEL_DROP)
     logits = srm(s_c * kept, s_t * kept)
     loss = srm_loss(logits, truth)
