@@ -22,6 +22,7 @@ BRANCH = ""  # implicit or explicit (Table 4); empty = the task's own
 SEED = 0  # of weights, states and batches
 
 # how (the paper trains the SRM inside Algorithm 1 only; this stage gives the agent a sensible one from the start)
+SHOTS = 0  # of the samples that stage 1 drew, the first so many (Table 10); 0 = all
 STEPS = 600  # optimiser steps
 SRM_BATCH = 8  # samples a step
 LEARNING_RATE = 1e-3  # Adam; stage 3 goes on at the paper's 1e-4
@@ -62,36 +63,26 @@ def accuracy(srm: torch.nn.Module, episode: Episode, truth: torch.Tensor) -> tup
 
 def main() -> None:
     settings.positive(globals(), "STEPS", "SRM_BATCH", "LEARNING_RATE", "ROUNDS", "HELD_OUT", "SAVE_EVERY", "LOG_EVERY")
-    settings.not_negative(globals(), "SEED")
+    settings.not_negative(globals(), "SEED", "SHOTS")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
-    features = Cache.open(settings.features(FEATURES, run_dir), TASK)
+    features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
-
-    # everything that training needs of the 50 samples fits in memory
-    samples = features.samples("train")
-    embeddings = features.embeddings(samples).float().to(device)
-    maps, truth = features.maps(samples).to(device), features.truth_grid(samples).to(device)
-    truth_centres = features.truth_centres(samples).to(device)
-    labels = [features.labels(sample) for sample in samples]
-
-    fewest = int((truth_centres != 255).sum(1).min())
-    if ROUNDS > fewest:
-        raise settings.UserError(f"ROUNDS={ROUNDS} is more than the {fewest} patches of one training sample: set it lower")
+    shots = features.training_set(SHOTS, ROUNDS, device)
 
     # the SRM, fresh or from where a killed run stopped
     branch = BRANCH or features.attrs["branch"]
     generator = torch.Generator().manual_seed(SEED)
     settings.seed_everything(SEED)
-    srm = build_srm(branch, embeddings.shape[1]).to(device)
+    srm = build_srm(branch, shots.embeddings.shape[1]).to(device)
     optimizer = torch.optim.Adam(srm.parameters(), LEARNING_RATE)
     path, log, step = run_dir / "srm.pt", [], 0
-    chosen = {"task": TASK, "branch": branch, "seed": SEED, "steps": STEPS, "srm_batch": SRM_BATCH,
+    chosen = {"task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "steps": STEPS, "srm_batch": SRM_BATCH,
               "learning_rate": LEARNING_RATE, "rounds": ROUNDS, "features": features.identity()}
     if path.exists():
-        saved = checkpoint.load(path, f"02_train_srm.py TASK={TASK}")
+        saved = checkpoint.load(path, settings.command("02_train_srm.py", globals()))
         checkpoint.require_same(path, saved["settings"], chosen)
         srm.load_state_dict(saved["srm"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -100,16 +91,16 @@ def main() -> None:
 
     for step in tqdm(range(step + 1, STEPS + 1), "training the SRM", initial=step, total=STEPS):
         # a batch of samples, prompted into some state
-        rows = torch.randperm(len(samples), generator=generator)[:SRM_BATCH]
-        episode = Episode(prompter, embeddings[rows], maps[rows], centres, truth_centres[rows] != 255)
+        rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH]
+        episode = Episode(prompter, shots.embeddings[rows], shots.maps[rows], centres, shots.truth_centres[rows] != 255)
         kind = float(torch.rand(1, generator=generator))
-        reach_state(kind, episode, srm, [labels[row] for row in rows], generator)
+        reach_state(kind, episode, srm, [shots.labels[row] for row in rows], generator)
 
         # Eqs. 11 to 13: y_r from s_c and s_t, Dice + BCE against y on the grid
-        loss, _ = train_step(srm, optimizer, episode.semantic_state(), episode.state(), truth[rows], generator)
+        loss, _ = train_step(srm, optimizer, episode.semantic_state(), episode.state(), shots.truth[rows], generator)
 
         if step % LOG_EVERY == 0:
-            foreground, background = accuracy(srm, episode, truth_centres[rows])
+            foreground, background = accuracy(srm, episode, shots.truth_centres[rows])
             log.append({"step": step, "loss": loss, "foreground_accuracy": foreground,
                         "background_accuracy": background})
         if step % SAVE_EVERY == 0 or step == STEPS:

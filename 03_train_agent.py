@@ -22,6 +22,7 @@ from common.srm import build_srm, train_step
 # what is trained
 TASK = "demo_saliency"  # as in stage 1
 SEED = 0  # of weights, points and actions
+SHOTS = 0  # as in stage 2
 
 # PPO (paper, section 4)
 EPISODES = 50  # E: roll-outs of all training samples
@@ -46,31 +47,24 @@ def main() -> None:
                       "SRM_BATCH")
     if not 0 < GAMMA < 1:
         raise settings.UserError(f"GAMMA={GAMMA} is no discount: set it between 0 and 1")
-    settings.not_negative(globals(), "SEED")
+    settings.not_negative(globals(), "SEED", "SHOTS")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
-    features = Cache.open(settings.features(FEATURES, run_dir), TASK)
+    features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     side = frame // patch
     prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
-
-    # everything that training needs of the 50 samples fits in memory
-    samples = features.samples("train")
-    embeddings = features.embeddings(samples).float().to(device)  # F
-    maps, truth = features.maps(samples).to(device), features.truth_grid(samples).to(device)  # M_c, y on the grid
-    truth_centres = features.truth_centres(samples).to(device)  # y at the patch centres
-    labels = [features.labels(sample) for sample in samples]  # y
+    shots = features.training_set(SHOTS, ROUNDS, device)
+    embeddings, truth = shots.embeddings, shots.truth  # F, and y on the grid
 
     # stage 2's SRM goes on learning here; srm.pt itself stays as it is
     srm_path, path = run_dir / "srm.pt", run_dir / "agent.pt"
-    stage_2 = checkpoint.load(srm_path, f"02_train_srm.py TASK={TASK}")
-    checkpoint.require_finished(srm_path, stage_2, f"02_train_srm.py TASK={TASK}")
-    checkpoint.require_same(srm_path, stage_2["settings"], {"task": TASK, "features": features.identity()})
+    stage_2_command = settings.command("02_train_srm.py", globals())
+    stage_2 = checkpoint.load(srm_path, stage_2_command)
+    checkpoint.require_finished(srm_path, stage_2, stage_2_command)
+    checkpoint.require_same(srm_path, stage_2["settings"], {"task": TASK, "shots": SHOTS, "features": features.identity()})
     branch = stage_2["settings"]["branch"]
-    fewest = int((truth_centres != 255).sum(1).min())
-    if ROUNDS > fewest:
-        raise settings.UserError(f"ROUNDS={ROUNDS} is more than the {fewest} patches of one training sample: set it lower")
 
     settings.seed_everything(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -81,12 +75,12 @@ def main() -> None:
     ppo = torch.optim.Adam([*actor.parameters(), *critic.parameters()], LEARNING_RATE)
     srm_optimizer = torch.optim.Adam(srm.parameters(), LEARNING_RATE)
     learning = {"srm": srm, "actor": actor, "critic": critic, "ppo": ppo, "srm_optimizer": srm_optimizer}
-    chosen = {"task": TASK, "branch": branch, "seed": SEED, "episodes": EPISODES, "epochs": EPOCHS, "rounds": ROUNDS,
+    chosen = {"task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "episodes": EPISODES, "epochs": EPOCHS, "rounds": ROUNDS,
               "gamma": GAMMA, "clip_range": CLIP_RANGE, "learning_rate": LEARNING_RATE, "srm_steps": SRM_STEPS[branch],
               "srm_batch": SRM_BATCH, "features": features.identity(), "srm": checkpoint.fingerprint(stage_2["srm"])}
     log, first = [], 1
     if path.exists():  # from where a killed run stopped
-        saved = checkpoint.load(path, f"03_train_agent.py TASK={TASK}")
+        saved = checkpoint.load(path, settings.command("03_train_agent.py", globals()))
         checkpoint.require_same(path, saved["settings"], chosen)
         for name, part in learning.items():
             part.load_state_dict(saved[name])
@@ -96,7 +90,7 @@ def main() -> None:
     def train_srm(episode: Episode) -> tuple[float, float]:
         """q steps of Eq. 13 on samples of the roll-out in their present state; the last loss and share of cells right."""
         for _ in range(SRM_STEPS[branch]):
-            rows = torch.randperm(len(samples), generator=generator)[:SRM_BATCH].to(device)
+            rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH].to(device)
             last = train_step(srm, srm_optimizer, episode.semantic_state(rows), episode.state(rows), truth[rows], generator)
         return last
 
@@ -104,9 +98,9 @@ def main() -> None:
         started = time.time()
 
         # Algorithm 1, lines 2 to 4: P_0 is a random pixel of each label, M_0 = D_M(F, P_0)
-        episode = Episode(prompter, embeddings, maps, centres, truth_centres != 255)
+        episode = Episode(prompter, embeddings, shots.maps, centres, shots.truth_centres != 255)
         srm_log = [train_srm(episode)]  # the state before any mask, from which P_0 comes at test time
-        episode.prompt(random_pixels(labels, generator, frame), torch.tensor([[1, 0]]).expand(len(samples), 2))
+        episode.prompt(random_pixels(shots.labels, generator, frame), torch.tensor([[1, 0]]).expand(len(shots.samples), 2))
 
         # T rounds: choose a patch, label it, ask SAM, collect the reward
         masks, allowed, actions, log_probs, values, rewards, right = [], [], [], [], [], [], []
@@ -116,7 +110,7 @@ def main() -> None:
                 distribution = policy(actor(state), episode.allowed)
                 action = pick(distribution, generator)  # a_t ~ pi(. | s_t)
                 answer = episode.label_by(episode.foreground(srm), action)
-                on_target = truth_centres.gather(1, action[:, None])[:, 0] == 1
+                on_target = shots.truth_centres.gather(1, action[:, None])[:, 0] == 1
             masks.append(episode.mask)
             allowed.append(episode.allowed)
             actions.append(action)

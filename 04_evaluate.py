@@ -1,9 +1,10 @@
-"""Stage 4: the full prompting evaluation on the test set, from the same cache: AlignSAM and its ablations.
+"""Stage 4: the full prompting evaluation on the test set, from the same cache: AlignSAM, its ablations, other ways.
 
     python 04_evaluate.py [NAME=value ...]              NAME is any constant below; `help` lists them
+    python 04_evaluate.py IMAGES=some_folder            masks for images of your own, without ground truth
 
-There is no ground truth here: P_0 is the SRM's highest and lowest place, every label is the SRM's. All rows come from
-the same agent and the same SRM, so each changes one thing.
+There is no ground truth at the start: P_0 is the SRM's highest and lowest place. All rows come from the same agent and
+the same SRM, so each changes one thing.
 """
 
 import json
@@ -12,36 +13,57 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, settings
+from common import checkpoint, own_images, settings
 from common.agent import Actor, policy
+from common.baselines import best_threshold, next_clicks, prompt_with_map, srm_alone
 from common.cache import Cache
 from common.episode import Episode, patch_centres
-from common.metrics import average, evaluate_mask
+from common.metrics import average, average_iou, evaluate_mask, overlap
 from common.paper import paper_row, results_table
+from common.persam import PerSAM
 from common.pictures import save_strips, strip
+from common.report import gallery_item, write_report
 from common.sam import BatchedPrompter, full_masks, load_decoder
-from common.srm import build_srm
+from common.srm import build_srm, sample_at
 from common.tasks import get_task
 
 # what is evaluated
 TASK = "demo_saliency"  # as in stages 1 to 3
+ROWS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")  # of _ROWS below; "all" = every one there
 ROUNDS = 15  # T
 SAMPLE_ACTIONS = False  # draw the patch from the policy; false takes the most probable one, which is reproducible
 SEED = 0  # of the random patches (w/o RL), and of SAMPLE_ACTIONS
 
+# images of your own
+IMAGES = ""  # a folder of images without ground truth, embedded on the fly; empty = the cached test set
+CLASSES = ("all",)  # which of the run's texts to look for in them
+
 # how
 BATCH_SIZE = 32  # test samples prompted side by side
 PICTURES = 8  # test samples drawn as strips, spread over the test set
+GALLERY = 200  # test samples in report.html, spread over the test set; 0 = no report
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
 # where it goes
 RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
+RESULTS = "results.json"  # its name in the run folder
 
-# each row: is the patch the agent's (else drawn at random), is the label the SRM's (else positive), how many rounds
-_ROWS = {"AlignSAM": (True, True, "all"), "w/o RL": (False, True, "all"),
-         "w/o SRM": (True, False, "all"), "w/o MSI": (True, True, "one")}
-STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
+_ROWS = {  # where the next point goes, what labels it, how many rounds
+    "AlignSAM": ("agent", "SRM", "all"),
+    "w/o RL": ("random", "SRM", "all"),
+    "w/o SRM": ("agent", "positive", "all"),
+    "w/o MSI": ("agent", "SRM", "one"),
+    "labels: CLIP Surgery": ("agent", "map", "all"),  # Table 8, with the next and w/o SRM
+    "labels: last mask": ("agent", "mask", "all"),
+    "oracle labels": ("agent", "truth", "all"),  # the ceiling for the label,
+    "oracle clicks": ("error", "truth", "all"),  # and for place and label; no P_0
+    "PerSAM": ("PerSAM", "", "none"),  # from here on there are no rounds
+    "SRM alone": ("SRM", "", "none"),
+    "CLIP Surgery alone": ("map", "", "none"),
+    "CLIP Surgery points": ("map points", "", "none"),
+}
+_STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
 
 
 def gumbel_noise(sample: int, rounds: int, actions: int) -> torch.Tensor:
@@ -50,98 +72,178 @@ def gumbel_noise(sample: int, rounds: int, actions: int) -> torch.Tensor:
     return -(-torch.rand(rounds, actions, generator=generator).clamp(1e-9, 1 - 1e-7).log()).log()
 
 
+@torch.no_grad()
+def prompt(row: str, episode: Episode, actor: Actor, srm: torch.nn.Module, numbers: range, truths: list[np.ndarray],
+           truth_centres: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """One row's prompting of a batch: SAM's logits (B, 4h, 4w) after each round, M_0 first, and the actions (B, T).
+
+    numbers: the samples' places in the test set. truths and truth_centres are for the rows with an oracle only.
+    """
+    place, labeller, rounds = _ROWS[row]
+    rounds = {"all": ROUNDS, "one": 1}[rounds]
+    chance = torch.stack([gumbel_noise(number, rounds, len(episode.centres)) for number in numbers], 1)
+    if place == "error":  # clicks anywhere, the first into the target
+        masks, logits = [np.zeros(truth.shape, bool) for truth in truths], []
+        for _ in range(rounds + 1):
+            episode.prompt(*next_clicks(masks, truths, episode.frame))
+            logits.append(episode.logits)
+            masks = [full_masks(one, truth.shape).cpu().numpy() for one, truth in zip(episode.logits, truths)]
+        return logits, torch.empty(len(truths), 0, dtype=torch.long)
+
+    # P_0: the SRM's highest and lowest place; then T rounds of patch, label, mask
+    episode.start_without_truth(srm)
+    logits, actions = [episode.logits], []
+    for noise in chance.to(episode.centres.device):
+        preference = actor(episode.action_state()) if place == "agent" else torch.zeros_like(noise)
+        if place == "random" or SAMPLE_ACTIONS:  # the highest of logits with Gumbel noise is a draw from the policy
+            preference = preference + noise
+        action = policy(preference, episode.allowed).logits.argmax(1)
+        if labeller == "SRM":
+            answer = episode.label_by(episode.foreground(srm), action)
+        elif labeller in ("map", "mask"):
+            answer = episode.label_by(getattr(episode, {"map": "maps", "mask": "mask"}[labeller]), action)
+        elif labeller == "truth":
+            answer = (truth_centres.to(action.device).gather(1, action[:, None])[:, 0] == 1).long()
+        else:
+            answer = torch.ones_like(action)
+        episode.step(action, answer)
+        logits.append(episode.logits)
+        actions.append(action)
+    return logits, torch.stack(actions, 1).cpu()
+
+
 def main() -> None:
     settings.positive(globals(), "ROUNDS", "BATCH_SIZE")
-    settings.not_negative(globals(), "SEED", "PICTURES")
+    settings.not_negative(globals(), "SEED", "PICTURES", "GALLERY")
+    rows = list(_ROWS) if ROWS == ("all",) else list(dict.fromkeys(ROWS))
+    if unknown := [row for row in rows if row not in _ROWS]:
+        raise settings.UserError(f"ROWS names {unknown[0]!r}, which is none of: all, {', '.join(_ROWS)}")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
-    features = Cache.open(settings.features(FEATURES, run_dir), TASK)
+    features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     if ROUNDS > len(centres):
         raise settings.UserError(f"ROUNDS={ROUNDS} is more than the {len(centres)} patches there are: set it lower")
-    prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
 
     # the trained agent, and the SRM that stage 3 ended with
-    path = run_dir / "agent.pt"
-    trained = checkpoint.load(path, f"03_train_agent.py TASK={TASK}")
-    checkpoint.require_finished(path, trained, f"03_train_agent.py TASK={TASK}")
+    path, maker = run_dir / "agent.pt", settings.command("03_train_agent.py", globals())
+    trained = checkpoint.load(path, maker)
+    checkpoint.require_finished(path, trained, maker)
     checkpoint.require_same(path, trained["settings"], {"task": TASK, "features": features.identity()})
     channels = json.loads(features.attrs["embedding"])[0]
     actor, srm = Actor(channels).to(device).eval(), build_srm(trained["settings"]["branch"], channels).to(device).eval()
     actor.load_state_dict(trained["actor"])
     srm.load_state_dict(trained["srm"])
+    prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
+
+    def align(embeddings: torch.Tensor, maps: torch.Tensor) -> Episode:
+        """AlignSAM on embeddings (B, C, h, w) and maps (B, h, w) of images without ground truth."""
+        episode = Episode(prompter, embeddings.float().to(device), maps.to(device), centres)
+        prompt("AlignSAM", episode, actor, srm, range(len(maps)), [], torch.empty(0))
+        return episode
+
+    if IMAGES:
+        own_images.segment(IMAGES, run_dir / "masks", features.attrs, features.texts, CLASSES, align, srm, device)
+        return
 
     samples = features.samples("test")
-    truths_at_centres = features.truth_centres(samples)
+    truth_centres = features.truth_centres(samples)
     classes = [features.texts[text] for _, text in samples] if len(features.texts) > 1 else None
-    pictured = set(np.linspace(0, len(samples) - 1, min(PICTURES, len(samples))).astype(int))
-    rows, iou_per_round, strips = {}, {}, {}
+    drawn, shown = (set(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int))
+                    for count in (PICTURES, GALLERY))
+    results, iou_per_round, gallery = {}, {}, []
+    sequences, finals = {}, {number: {} for number in sorted(drawn)}  # strips of rounds, and each row's last mask
 
-    for row, (by_agent, by_srm, rounds) in _ROWS.items():
-        rounds = ROUNDS if rounds == "all" else 1
-        scores: list[list[dict]] = [[] for _ in range(rounds + 1)]  # after each round, one per sample
-        on_target = 0
+    # what the rows without rounds learn from the training samples
+    shots = features.samples("train")[:trained["settings"]["shots"] or None]
+    persam = PerSAM(prompter.sam, frame)
+    references = {}
+    for text in range(len(features.texts)) if "PerSAM" in rows else ():
+        same = shots[shots[:, 1] == text]
+        same = same if len(same) else shots  # few shots of many classes leave some without: then all there are
+        references[text] = persam.target(features.embeddings(same).float().to(device), features.truth_grid(same).to(device))
+    threshold = (best_threshold(features.maps(shots), [features.labels(shot) for shot in shots])
+                 if "CLIP Surgery alone" in rows else None)
+
+    for row in rows:
+        place, _, rounds = _ROWS[row]
+        last, ious = [], []  # metrics of the last mask, and IoU after each round, one per sample
+        on_target = chosen = 0
         for start in tqdm(range(0, len(samples), BATCH_SIZE), row):
             batch = samples[start:start + BATCH_SIZE]
-            truths = [features.labels(sample) for sample in batch]
-            episode = Episode(prompter, features.embeddings(batch).float().to(device), features.maps(batch).to(device), centres)
-            chance = torch.stack([gumbel_noise(start + index, rounds, len(centres)) for index in range(len(batch))], 1)
-            logits = []  # SAM's answer after each round, M_0 first
+            numbers = range(start, start + len(batch))
+            truths, at_centres = [features.labels(sample) for sample in batch], truth_centres[start:start + len(batch)]
+            embeddings = features.embeddings(batch).float().to(device)
+            episode = Episode(prompter, embeddings, features.maps(batch).to(device), centres)
+            if rounds != "none":
+                logits, actions = prompt(row, episode, actor, srm, numbers, truths, at_centres)
+                on_target += int((at_centres.gather(1, actions) == 1).sum())
+                chosen += actions.numel()
+            elif place == "PerSAM":
+                logits = [torch.stack([persam.segment(one, references[text])[0] for one, (_, text) in zip(embeddings, batch)])]
+            elif place == "SRM":
+                logits = [srm_alone(episode, srm)]
+            elif place == "map":
+                logits = [episode.maps - threshold]
+            else:
+                prompt_with_map(episode, ROUNDS // 2 + 1)  # as many points as AlignSAM has, or one more
+                logits = [episode.logits]
 
-            with torch.no_grad():
-                # P_0: the SRM's highest and lowest place; then T rounds of patch, label, mask
-                episode.start_without_truth(srm)
-                logits.append(episode.logits)
-                for noise in chance.to(device):
-                    preference = actor(episode.action_state()) if by_agent else torch.zeros_like(noise)
-                    if not by_agent or SAMPLE_ACTIONS:  # the highest of logits with Gumbel noise is a draw from the policy
-                        preference = preference + noise
-                    action = policy(preference, episode.allowed).logits.argmax(1)
-                    answer = episode.label_by(episode.foreground(srm), action) if by_srm else torch.ones_like(action)
-                    truth = truths_at_centres[start:start + len(batch)].gather(1, action.cpu()[:, None])
-                    on_target += int((truth == 1).sum())
-                    episode.step(action, answer)
-                    logits.append(episode.logits)
-
-            for index, truth in enumerate(truths):  # masks at the image's own size
+            for index, (number, truth) in enumerate(zip(numbers, truths)):  # masks at the image's own size
                 masks = [full_masks(after[index], truth.shape).cpu().numpy() for after in logits]
-                for after, mask in zip(scores, masks):
-                    after.append(evaluate_mask(mask, truth))
-                if row == "AlignSAM" and start + index in pictured:
-                    shown = {number: masks[number] for number in STRIP_ROUNDS if number < len(masks)}
+                last.append(evaluate_mask(masks[-1], truth))
+                ious.append([overlap(mask, truth) for mask in masks])
+                if number in drawn:
+                    finals[number][row] = masks[-1]
+                if row == "AlignSAM" and number in drawn | shown:
                     points, labels = episode.points[index].cpu().numpy(), episode.labels[index].cpu().numpy()
                     name, target = features.name(batch[index]), features.texts[batch[index][1]]
-                    strips[start + index] = strip(name, target, features.picture(batch[index]), truth, shown, points,
-                                                  labels, frame)
-        rows[row] = average(scores[-1], classes) | {"FR": on_target / (rounds * len(samples))}
-        iou_per_round[row] = [average(after, classes)["mIoU"] for after in scores]
+                    picture = features.picture(batch[index])
+                    if number in drawn:
+                        some = {f"round {after}": after for after in _STRIP_ROUNDS if after < len(masks)}
+                        sequences[number] = strip(
+                            name, target, picture, truth, {caption: masks[after] for caption, after in some.items()},
+                            {caption: (points[:2 + after], labels[:2 + after]) for caption, after in some.items()}, frame)
+                    if number in shown:
+                        gallery.append(gallery_item(name, target if classes else None, picture, truth, masks, ious[-1],
+                                                    points, labels, frame))
+        results[row] = average(last, classes) | ({"FR": on_target / chosen} if chosen else {})
+        iou_per_round[row] = [average_iou(list(after), classes) for after in zip(*ious)]
 
     # Table 9's bound: small targets have few centres that could be chosen
-    attainable = ((truths_at_centres == 1).sum(1).clamp(max=ROUNDS) / ROUNDS).mean().item()
+    attainable = ((truth_centres == 1).sum(1).clamp(max=ROUNDS) / ROUNDS).mean().item()
     task_paper = get_task(TASK, "-").paper
     real = features.attrs["sam"] != "demo" and features.attrs["clip"] != "demo"
     print(f"\n{TASK}, {len(samples)} test samples, SAM {features.attrs['sam']}, CLIP {features.attrs['clip']}"
           + ("" if real else " (stand-ins: small models trained on drawn scenes; no figure here compares with the paper's)"))
-    table = {name: {key: value for key, value in row.items() if key != "per_class"} for name, row in rows.items()}
+    table = {name: {key: value for key, value in row.items() if key != "per_class"} for name, row in results.items()}
     print(results_table(table, paper_row(task_paper) if task_paper and real else None))
     print(f"FR attainable: {attainable:.4f} (no choice of {ROUNDS} different patches does better)")
     if classes:
-        per_class = {name: {label: scores["mIoU"] for label, scores in row["per_class"].items()} for name, row in rows.items()}
+        per_class = {name: {label: scores["mIoU"] for label, scores in row["per_class"].items()} for name, row in results.items()}
         print("\nIoU per class\n\n" + results_table(per_class))
 
-    results = {
+    content = {
         "task": TASK, "sam": features.attrs["sam"], "clip": features.attrs["clip"], "seed": trained["settings"]["seed"],
-        "images": len(samples),
-        "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "rounds": ROUNDS,
-        "units": "all metrics are fractions between 0 and 1",
-        "branch": trained["settings"]["branch"], "foreground_rate_attainable": attainable, "rows": rows,
-        "iou_per_round": iou_per_round}
-    settings.write_atomic(run_dir / "results.json", lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
-    written = [run_dir / "results.json"]
-    if strips:
-        save_strips([strips[index] for index in sorted(strips)], run_dir / "strips.png")
+        "images": len(samples), "units": "all metrics are fractions between 0 and 1",
+        "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "rounds": ROUNDS, "branch": trained["settings"]["branch"],
+        "trained": trained["settings"], "foreground_rate_attainable": attainable,
+        **({"clip_surgery_threshold": threshold} if threshold else {}), "rows": results, "iou_per_round": iou_per_round}
+    settings.write_atomic(run_dir / RESULTS, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    written = [run_dir / RESULTS]
+    if sequences:  # the paper's Figure 5: points and mask growing
+        save_strips([sequences[number] for number in sorted(sequences)], run_dir / "strips.png")
         written.append(run_dir / "strips.png")
+    if finals:  # its Figure 4: the rows side by side
+        save_strips([strip(features.name(samples[number]), features.texts[samples[number][1]], features.picture(samples[number]),
+                           features.labels(samples[number]), masks, {}, frame) for number, masks in finals.items()],
+                    run_dir / "comparison.png")
+        written.append(run_dir / "comparison.png")
+    if gallery:
+        srm_log = checkpoint.read_log(run_dir / "srm_log.csv")
+        write_report(run_dir / "report.html", content, srm_log, trained["log"], gallery)
+        written.append(run_dir / "report.html")
     print("wrote " + ", ".join(map(str, written)))
 
 

@@ -1,10 +1,11 @@
 PYTHON ?= python3
 TASK ?= demo_saliency
 TASKS ?= demo_blur demo_shadow demo_mirror demo_saliency demo_semantic
-SEEDS ?= 0 1 2
+SEEDS ?= 0
+FIGURE7 ?= 0
 RUN = .venv/bin/python
 
-.PHONY: demo test row seeds standin
+.PHONY: demo test row tables seeds standin
 
 demo: .venv/installed  ## install, run all four stages on the embedded default, print its table
 	$(RUN) 01_cache_features.py
@@ -18,15 +19,11 @@ row: .venv/installed  ## the four stages for one task: make row TASK=demo_shadow
 	$(RUN) 03_train_agent.py TASK=$(TASK)
 	$(RUN) 04_evaluate.py TASK=$(TASK)
 
-seeds: .venv/installed  ## every demo task over three training seeds, and the table of their means
-	for task in $(TASKS); do \
-	  $(RUN) 01_cache_features.py TASK=$$task || exit 1; \
-	  for seed in $(SEEDS); do \
-	    set -- TASK=$$task RUN_DIR=runs/$$task-seed$$seed FEATURES=runs/$$task/features.h5 SEED=$$seed; \
-	    $(RUN) 02_train_srm.py "$$@" && $(RUN) 03_train_agent.py "$$@" && $(RUN) 04_evaluate.py "$$@" || exit 1; \
-	  done; \
-	done
-	$(RUN) -m common.summary $(foreach task,$(TASKS),$(foreach seed,$(SEEDS),runs/$(task)-seed$(seed)))
+tables: .venv/installed  ## every table of the paper for one task: make tables TASK=demo_shadow SEEDS=0,1,2 FIGURE7=1
+	$(RUN) -m common.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7)
+
+seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, three training seeds each
+	for task in $(TASKS); do $(RUN) -m common.tables TASK=$$task SEEDS=0,1,2 EXPERIMENTS=main || exit 1; done
 
 standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: two hours on a CPU
 	$(RUN) -m common.standin.train_sam

@@ -219,6 +219,18 @@ def _open(path: Path) -> h5py.File:
     return file
 
 
+@dataclass
+class TrainingSet:
+    """All that training needs of S drawn samples, in memory."""
+
+    samples: np.ndarray  # int64 (S, 2): image row, text index
+    embeddings: torch.Tensor  # F, float32 (S, C, h, w)
+    maps: torch.Tensor  # M_c, float32 (S, h, w)
+    truth: torch.Tensor  # y on the grid, float32 (S, h, w), see `truth_on_grid`
+    truth_centres: torch.Tensor  # y at the patch centres, uint8 (S, P)
+    labels: list[np.ndarray]  # y, S uint8 (H, W)
+
+
 class Cache:
     """A complete cache, read-only. `samples` are int (B, 2) rows (image row, text index), in any order."""
 
@@ -230,18 +242,20 @@ class Cache:
         self._sizes, self._offsets = file["sizes"][:], file["label_offsets"][:]
 
     @classmethod
-    def open(cls, path: Path, task: str | None = None) -> "Cache":
-        """Raises UserError where the file is missing, damaged, incomplete, or of another task than `task`."""
+    def open(cls, path: Path, task: str | None = None, maker: str = "01_cache_features.py") -> "Cache":
+        """Raises UserError where the file is missing, damaged, incomplete, or of another task than `task`.
+
+        maker: the command that writes it, for those sentences.
+        """
         if not path.exists():
-            named = f" TASK={task}" if task else ""
-            raise UserError(f"{path} does not exist: run 01_cache_features.py{named} first")
+            raise UserError(f"{path} does not exist: run {maker} first")
         file = _open(path)
         cached, done = file.attrs.get("task"), file["done"][:] == 1
         if task is not None and cached != task:
             raise UserError(f"{path} holds features of {cached}, not {task}: set TASK, RUN_DIR or FEATURES")
         if not done.all():
             raise UserError(f"{path} lacks {(~done).sum()} of its {len(done)} images: run "
-                            f"01_cache_features.py TASK={cached} first, it goes on where it stopped")
+                            f"{maker} first, it goes on where it stopped")
         return cls(path, file)
 
     def identity(self) -> str:
@@ -256,6 +270,24 @@ class Cache:
             return self.file["shots"][:].astype(np.int64)
         in_split = self.file["split"][:] == split.encode()
         return np.argwhere(in_split[:, None] & (self.file["present"][:] == 1))
+
+    def training_set(self, shots: int, rounds: int, device: torch.device) -> "TrainingSet":
+        """The first `shots` drawn samples (0: all) on `device`; a smaller draw is part of every larger one (Table 10).
+
+        Raises UserError where there are fewer, or where one has fewer than `rounds` patches to choose from.
+        """
+        samples = self.samples("train")
+        if shots > len(samples):
+            raise UserError(f"SHOTS={shots} is more than the {len(samples)} samples drawn in {self.path}: set it lower, or "
+                            "run stage 1 with more SHOTS into another RUN_DIR")
+        samples = samples[:shots or None]
+        centres = self.truth_centres(samples)
+        fewest = int((centres != 255).sum(1).min())
+        if rounds > fewest:
+            raise UserError(f"ROUNDS={rounds} is more than the {fewest} patches of one training sample: set it lower")
+        return TrainingSet(samples, self.embeddings(samples).float().to(device), self.maps(samples).to(device),
+                           self.truth_grid(samples).to(device), centres.to(device),
+                           [self.labels(sample) for sample in samples])
 
     def embedding(self, rows: Sequence[int]) -> torch.Tensor:
         """float16 (B, C, h, w): F of these images. Raises UserError naming an image whose F is not finite."""

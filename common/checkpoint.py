@@ -62,6 +62,15 @@ def write_log(path: Path, rows: list[dict]) -> None:
     write_atomic(path, write)
 
 
+def read_log(path: Path) -> list[dict[str, float]]:
+    """What `write_log` wrote; empty where the file is missing or was not written by it."""
+    try:
+        with open(path, newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
 def fingerprint(weights: dict[str, torch.Tensor]) -> str:
     """16 hex digits over a state dict, to tell whether two runs stand on the same weights."""
     digest = hashlib.sha256()

@@ -18,8 +18,8 @@ class Episode:
     """B images being prompted side by side.
 
     embeddings (B, C, h, w) float = F; maps (B, h, w) float = M_c, the task's text on the grid. No mask exists yet:
-    M = 1 everywhere, and no point. `mask` (B, h, w) is the current M on the grid, `logits` (B, 4h, 4w) SAM's answer,
-    `points` (B, n, 2) and `labels` (B, n) P_t, `allowed` (B, A) bool the patches that may still be chosen.
+    M = 1 everywhere, and no point. `mask` (B, h, w) is the current M on the grid, `logits` (B, 4h, 4w) SAM's answer and
+    `predicted_iou` (B,) its opinion of it, `points` (B, n, 2) and `labels` (B, n) P_t, `allowed` (B, A) bool the patches that may still be chosen.
     """
 
     def __init__(self, prompter: BatchedPrompter, embeddings: Tensor, maps: Tensor, centres: Tensor,
@@ -32,7 +32,7 @@ class Episode:
         self.allowed = torch.ones(len(embeddings), len(centres), dtype=torch.bool, device=embeddings.device)
         if allowed is not None:
             self.allowed &= allowed
-        self.logits = None
+        self.logits = self.predicted_iou = None
 
     def state(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """s_t = F * M_{t-1} (Eq. 4), (B, C, h, w), of all images or some. Made when asked for, never kept."""
@@ -60,7 +60,7 @@ class Episode:
         """Adds points (B, n, 2) with labels (B, n) and asks SAM with all points so far: M_t = D_M(F, P_t)."""
         self.points = torch.cat([self.points, points.to(self.points)], 1)
         self.labels = torch.cat([self.labels, labels.to(self.labels)], 1)
-        self.logits, _ = self.prompter.decode(self.embeddings, self.points, self.labels)
+        self.logits, self.predicted_iou = self.prompter.decode(self.embeddings, self.points, self.labels)
         self.mask = probability_grid(self.logits, self.mask.shape[1:])
 
     def step(self, actions: Tensor, labels: Tensor) -> None:

@@ -71,6 +71,14 @@ def evaluate_mask(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]
     }
 
 
+def overlap(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """The IoU of `evaluate_mask` alone, for the rounds before the last: E-measure's share of the time is not needed."""
+    known = truth != 255
+    truth = truth == 1
+    union = np.count_nonzero((prediction & known) | truth)
+    return np.count_nonzero(prediction & truth) / union if union else 1.0
+
+
 def e_measure(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Enhanced-alignment measure (Fan et al., IJCAI 2018) of two (n,) bool arrays.
 
@@ -79,6 +87,11 @@ def e_measure(prediction: np.ndarray, truth: np.ndarray) -> float:
     measure = Emeasure()
     measure.gt_fg_numel, measure.gt_size = np.count_nonzero(truth), truth.size  # what its step() would set
     return float(measure.cal_em_with_threshold(prediction, truth, threshold=0.5))
+
+
+def average_iou(values: list[float], classes: list[str] | None = None) -> float:
+    """mIoU of `overlap`'s results, averaged as `average` does."""
+    return average([{key: value for key in METRICS} for value in values], classes)["mIoU"]
 
 
 def average(per_image: list[dict[str, float]], classes: list[str] | None = None) -> dict:

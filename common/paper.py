@@ -21,6 +21,23 @@ def paper_row(key: str) -> dict[str, dict[str, float]]:
     return rows
 
 
+def paper_figures(table: str, key: str) -> dict[str, dict[str, float]] | None:
+    """The paper's figures beside one of `common.tables`' tables, for its task `key`; None where it prints none.
+
+    table: "rows", "classes", "labels", "foreground rate", "branches" or "shots".
+    """
+    if table in ("rows", "classes"):
+        if table == "classes" and key != "voc":
+            return None
+        return paper_row(key)
+    name = {"labels": "table8_label_source_voc_iou", "foreground rate": "table9_foreground_rate",
+            "branches": "table4_semantic_switch", "shots": "table10_shots"}[table]
+    try:
+        return _columns(name, None if table == "labels" and key == "voc" else key)
+    except KeyError:
+        return None
+
+
 def _columns(table: str, task: str | None = None) -> dict[str, dict[str, float]]:
     """{row: {metric: figure}} of a table of the paper, of the columns of one task where it has several."""
     columns = TABLES[table]["columns"]
@@ -35,11 +52,12 @@ def _columns(table: str, task: str | None = None) -> dict[str, dict[str, float]]
     }
 
 
-def results_table(rows: dict[str, dict[str, float]], paper: dict[str, dict[str, float]] | None = None) -> str:
-    """A Markdown table of our `rows`, {row: {column: fraction}}: percent with two digits, MAE with three.
+def results_table(rows: dict[str, dict], paper: dict[str, dict[str, float]] | None = None) -> str:
+    """A Markdown table of our `rows`, {row: {column: figure}}: percent with two digits, MAE with three.
 
-    Columns stand in the order of their first use; a missing figure is a dash. `paper` (see `paper_row`) puts
-    its figure for the same row and metric beside ours; its other rows follow, marked "paper only".
+    A figure is a fraction, or a pair of it and its deviation over seeds (None for one seed); a missing one is a dash.
+    Columns stand in the order of their first use. `paper` (see `paper_row`) puts its figure for the same row and metric
+    beside ours; its other rows follow, marked "paper only".
     """
     paper = paper or {}
     metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -58,5 +76,9 @@ def results_table(rows: dict[str, dict[str, float]], paper: dict[str, dict[str, 
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def _figure(value: float | None, name: str, scale: float) -> str:
-    return "–" if value is None else f"{value * scale:.{3 if name == 'MAE' else 2}f}"
+def _figure(value: float | tuple | list | None, name: str, scale: float) -> str:
+    if value is None:
+        return "–"
+    value, deviation = value if isinstance(value, (tuple, list)) else (value, None)
+    digits = 3 if name == "MAE" else 2
+    return f"{value * scale:.{digits}f}" + ("" if deviation is None else f" ± {deviation * scale:.{digits}f}")

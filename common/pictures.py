@@ -1,4 +1,4 @@
-"""Pictures: training curves, and strips that show points and mask growing over the rounds."""
+"""Pictures: training curves, and strips of masks side by side."""
 
 from pathlib import Path
 
@@ -38,10 +38,10 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def overlay(picture: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """picture uint8 (S, S, 3) with the bool mask (H, W) laid over it in blue with a white outline, PANEL pixels a side."""
-    base = Image.fromarray(picture).resize((PANEL, PANEL), Image.BILINEAR)
-    where = Image.fromarray(mask.astype(np.uint8) * 255).resize((PANEL, PANEL), Image.NEAREST)
+def overlay(picture: np.ndarray, mask: np.ndarray, size: tuple[int, int] = (PANEL, PANEL)) -> Image.Image:
+    """uint8 (H, W, 3) with the bool mask (H', W') laid over it in blue with a white outline; size (width, height)."""
+    base = Image.fromarray(picture).resize(size, Image.BILINEAR)
+    where = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.NEAREST)
     outline = ImageChops.subtract(where.filter(ImageFilter.MaxFilter(3)), where)
     base = Image.composite(Image.new("RGB", base.size, MASK_COLOUR), base, where.point(lambda value: value * MASK_SHARE))
     return Image.composite(Image.new("RGB", base.size, (255, 255, 255)), base, outline)
@@ -49,25 +49,26 @@ def overlay(picture: np.ndarray, mask: np.ndarray) -> Image.Image:
 
 def draw_points(panel: Image.Image, points: np.ndarray, labels: np.ndarray, frame: int) -> None:
     """Marks points (n, 2), (x, y) in the frame: green where the label is 1, red where it is 0."""
-    draw = ImageDraw.Draw(panel)
-    for (x, y), label in zip(points * (PANEL / frame), labels):
-        draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=FOREGROUND if label else BACKGROUND, outline=(255, 255, 255))
+    draw, radius = ImageDraw.Draw(panel), max(2, min(panel.size) // 50)
+    for (x, y), label in zip(points * (np.array(panel.size) / frame), labels):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=FOREGROUND if label else BACKGROUND,
+                     outline=(255, 255, 255))
 
 
-def strip(name: str, target: str, picture: np.ndarray, truth: np.ndarray, masks: dict[int, np.ndarray],
-          points: np.ndarray, labels: np.ndarray, frame: int) -> Image.Image:
-    """One row: image, ground truth, then the mask with its points after each of the given rounds.
+def strip(name: str, target: str, picture: np.ndarray, truth: np.ndarray, masks: dict[str, np.ndarray],
+          prompts: dict[str, tuple[np.ndarray, np.ndarray]], frame: int) -> Image.Image:
+    """One row: image, ground truth, then each of the masks under its caption.
 
     name and target caption the first two panels: the image's name and the text that is asked for.
-    truth uint8 (H, W), 1 = foreground; masks round -> bool (H, W); points (2 + T, 2) and labels (2 + T,) in the order
-    of prompting, the first two being P_0.
+    truth uint8 (H, W), 1 = foreground; masks caption -> bool (H, W); prompts caption -> points (n, 2) and labels (n,) to
+    be marked on that mask, in the frame.
     """
     panels = [(name, overlay(picture, np.zeros((1, 1), bool))),
               (f"ground truth: {target}", overlay(picture, truth == 1))]
-    for number, mask in masks.items():
-        panel = overlay(picture, mask)
-        draw_points(panel, points[:2 + number], labels[:2 + number], frame)
-        panels.append((f"round {number}", panel))
+    for caption, mask in masks.items():
+        panels.append((caption, overlay(picture, mask)))
+        if caption in prompts:
+            draw_points(panels[-1][1], *prompts[caption], frame)
     row = Image.new("RGB", ((PANEL + 4) * len(panels) - 4, PANEL + 18), (255, 255, 255))
     for index, (caption, panel) in enumerate(panels):
         row.paste(panel, (index * (PANEL + 4), 18))

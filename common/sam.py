@@ -252,19 +252,29 @@ class BatchedPrompter:
 
     def _decode_chunk(self, embeddings: torch.Tensor, points: torch.Tensor,
                       labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """MaskDecoder.predict_masks without its repeat_interleave, for mask token 0."""
+        """The single mask, of token 0, and its predicted IoU."""
         decoder, device = self.sam.mask_decoder, self.sam.device
         embeddings, points = embeddings.to(device).float(), points.to(device).float() * self.scale
-        sparse, dense = self.sam.prompt_encoder((points, labels.to(device)), boxes=None, masks=None)
-        output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(len(points), -1, -1), sparse], dim=1)
-
-        hs, src = decoder.transformer(embeddings + dense, self.image_pe.expand_as(dense), tokens)
-
-        upscaled = decoder.output_upscaling(src.transpose(1, 2).reshape(embeddings.shape))
-        hyper_in = decoder.output_hypernetworks_mlps[0](hs[:, 1])  # token 0 is the IoU's, 1 the single mask's
+        prompts = self.sam.prompt_encoder((points, labels.to(device)), boxes=None, masks=None)
+        hs, upscaled = run_decoder(self.sam, embeddings, *prompts, self.image_pe)
+        hyper_in = decoder.output_hypernetworks_mlps[0](hs[:, 1])
         logits = torch.einsum("bc,bchw->bhw", hyper_in, upscaled)
         return logits, decoder.iou_prediction_head(hs[:, 0])[:, 0]
+
+
+def run_decoder(sam: Sam, embeddings: torch.Tensor, sparse: torch.Tensor, dense: torch.Tensor,
+                image_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MaskDecoder.predict_masks without its repeat_interleave, up to the point where masks are chosen.
+
+    embeddings (B, C, h, w); sparse (B, N, C) and dense (B, C, h, w), the prompt encoder's; image_pe (1, C, h, w).
+    Returns the output tokens (B, 5 + N, C), of which 0 is the IoU's and 1 to 4 the masks', and the upscaled image
+    (B, C / 8, 4h, 4w).
+    """
+    decoder = sam.mask_decoder
+    output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([output_tokens.expand(len(embeddings), -1, -1), sparse], dim=1)
+    hs, src = decoder.transformer(embeddings + dense, image_pe.expand_as(dense), tokens)
+    return hs, decoder.output_upscaling(src.transpose(1, 2).reshape(embeddings.shape))
 
 
 def probability_grid(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -154,11 +154,16 @@ def features(features: str, run_dir: Path) -> Path:
     return Path(features).expanduser() if features else run_dir / "features.h5"
 
 
+def command(script: str, constants: dict[str, object]) -> str:
+    """The command that runs another stage of the same run: script and the constants that say which run it is."""
+    given = [f"{name}={constants[name]}" for name in ("TASK", "RUN_DIR", "FEATURES") if constants[name]]
+    return f"{script} {' '.join(given)}"
+
+
 def goodbye(written: list[Path], script: str, constants: dict[str, object]) -> None:
     """How a stage ends: prints what it wrote and the command that comes next."""
     print("wrote " + ", ".join(map(str, written)))
-    given = [f"{name}={constants[name]}" for name in ("TASK", "RUN_DIR", "FEATURES") if constants[name]]
-    print(f"next: python {script} {' '.join(given)}")
+    print(f"next: python {command(script, constants)}")
 
 
 def seed_everything(seed: int) -> None:

@@ -10,11 +10,11 @@ from common.episode import Episode, patch_centres, random_pixels
 class Recorder:
     """Stands in for SAM: answers with confident logits where it was last told foreground, and remembers the prompts."""
 
-    frame, max_batch = 800, 2
+    frame, max_batch = 800, 8
 
     def decode(self, embeddings, points, labels):
         self.points, self.labels = points.clone(), labels.clone()
-        return torch.full((len(embeddings), 40, 40), 3.0), torch.ones(len(embeddings))
+        return torch.full((len(embeddings), 40, 40), 3.0), torch.full((len(embeddings),), 0.7)
 
 
 @pytest.fixture
@@ -63,6 +63,19 @@ def test_the_start_without_truth_is_the_highest_and_the_lowest_cell(episode):
     assert episode.points[0].tolist() == [[280, 200], [760, 760]]
     assert episode.points[1].tolist() == [[40, 40], [440, 360]]
     assert episode.labels.tolist() == [[1, 0]] * 3
+
+
+def test_the_srm_is_asked_a_few_images_at_a_time_and_answers_the_same(episode):
+    asked = []
+
+    def srm(s_c, s_t):
+        asked.append(len(s_t))
+        return (s_c + 2 * s_t).mean(1)
+
+    whole = episode.foreground(srm)
+    episode.prompter.max_batch = 2
+    assert torch.equal(episode.foreground(srm), whole)
+    assert asked == [3, 2, 1]
 
 
 def test_a_label_is_the_srms_answer_at_the_chosen_centre(episode):

@@ -74,7 +74,7 @@ def same_weights(one: Path, other: Path) -> bool:
 def test_a_run_folder_holds_cache_weights_logs_pictures_and_results(workplace):
     names = {path.name for path in (workplace / "runs/folder").iterdir()}
     assert names == {"features.h5", "srm.pt", "srm_log.csv", "srm_curves.png", "agent.pt", "agent_log.csv",
-                     "agent_curves.png", "results.json", "strips.png"}
+                     "agent_curves.png", "results.json", "strips.png", "comparison.png", "report.html"}
     with open(workplace / "runs/folder/agent_log.csv") as file:
         log = list(csv.DictReader(file))
     assert len(log) == 4
@@ -98,10 +98,25 @@ def test_results_hold_the_four_rows_and_the_iou_of_every_round(workplace):
     assert results["iou_per_round"]["w/o MSI"] == pytest.approx(results["iou_per_round"]["AlignSAM"][:2])
 
 
+def test_every_row_can_be_evaluated_beside_the_default_ones(workplace):
+    done = run(workplace, "04_evaluate.py", "ROWS=all", "RESULTS=all.json", "PICTURES=0", "GALLERY=0")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((workplace / "runs/folder/all.json").read_text())["rows"]
+    before = json.loads((workplace / "runs/folder/results.json").read_text())["rows"]
+    (workplace / "runs/folder/all.json").unlink()
+    assert {name: rows[name] for name in before} == before
+    assert {"labels: CLIP Surgery", "labels: last mask", "oracle labels", "oracle clicks", "PerSAM", "SRM alone",
+            "CLIP Surgery alone", "CLIP Surgery points"} <= rows.keys()
+    assert all(0 <= row["mIoU"] <= 1 for row in rows.values())
+    assert rows["oracle clicks"]["mIoU"] > max(before[name]["mIoU"] for name in before)  # a barely trained agent
+
+
 def test_the_strips_show_image_truth_and_the_rounds(workplace):
     sheet = Image.open(workplace / "runs/folder/strips.png")
     assert sheet.size == ((256 + 4) * 5 - 4, 2 * (256 + 18 + 6))  # image, truth, rounds 0, 1 and 2; two samples
     assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
+    rows = Image.open(workplace / "runs/folder/comparison.png")
+    assert rows.size == ((256 + 4) * 6 - 4, 2 * (256 + 18 + 6))  # image, truth and the four rows; two samples
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(workplace):
@@ -151,9 +166,9 @@ def test_every_stage_killed_and_restarted_ends_like_an_undisturbed_run(workplace
 
 
 @pytest.mark.parametrize("script, arguments, sentence", [
-    ("02_train_srm.py", ["RUN_DIR=nowhere"], "run 01_cache_features.py TASK=folder first"),
-    ("03_train_agent.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"], "run 02_train_srm.py TASK=folder first"),
-    ("04_evaluate.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"], "run 03_train_agent.py TASK=folder first"),
+    ("02_train_srm.py", ["RUN_DIR=nowhere"], "run 01_cache_features.py TASK=folder RUN_DIR=nowhere first"),
+    ("03_train_agent.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"], "run 02_train_srm.py TASK=folder RUN_DIR=nowhere FEATURES=runs/folder/features.h5 first"),
+    ("04_evaluate.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"], "run 03_train_agent.py TASK=folder RUN_DIR=nowhere FEATURES=runs/folder/features.h5 first"),
     ("02_train_srm.py", ["STEPS=21"], "STEPS=20, and now it is 21"),
     ("03_train_agent.py", ["GAMMA=0.5"], "GAMMA=0.99, and now it is 0.5"),
     ("01_cache_features.py", ["SEED=3"], "SEED=0"),
@@ -162,6 +177,10 @@ def test_every_stage_killed_and_restarted_ends_like_an_undisturbed_run(workplace
     ("03_train_agent.py", ["RUN_DIR=again2", "EPISODE=5"], "did you mean EPISODES?"),
     ("03_train_agent.py", ["ROUNDS=101"], "ROUNDS=101"),
     ("02_train_srm.py", ["ROUNDS=101", "RUN_DIR=new", "FEATURES=runs/folder/features.h5"], "ROUNDS=101"),
+    ("02_train_srm.py", ["SHOTS=9", "RUN_DIR=new", "FEATURES=runs/folder/features.h5"], "SHOTS=9 is more than the 8"),
+    ("03_train_agent.py", ["SHOTS=4"], "SHOTS=0, and now it is 4"),
+    ("04_evaluate.py", ["ROWS=AlignSAM,w/o luck"], "ROWS names 'w/o luck'"),
+    ("04_evaluate.py", ["IMAGES=nowhere"], "IMAGES=nowhere is no folder"),
     ("02_train_srm.py", ["SEED=-1"], "SEED=-1 must be 0 or more"),
     ("01_cache_features.py", ["RUN_DIR=new", "SHOTS=1"], "SHOTS=1 is too few"),
     ("02_train_srm.py", ["BRANCH=both", "RUN_DIR=new", "FEATURES=runs/folder/features.h5"], "neither implicit nor explicit"),

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
+from common.errors import UserError
+
 SIZE = 256  # pixels a side of a scene
 KINDS = ("star", "ring", "cross", "leaf", "brick", "ball")  # what demo_semantic calls its classes, in palette order
 SURFACES = ("plain", "stripes", "checks", "dots", "veins", "mortar", "gloss", "noise")  # how anything may be painted
@@ -320,6 +322,7 @@ def draw_for_training(index: int, seed: int = 0) -> Scene:
 # data sets on disk
 
 TRAIN_SCENES, TEST_SCENES = 120, 240
+GENERATOR = 1  # to be raised with every change to the scenes, so that old ones on a disk are not taken for new ones
 PALETTE = [0, 0, 0, 220, 60, 60, 60, 160, 220, 230, 190, 60, 80, 170, 80, 150, 90, 60, 160, 100, 200]  # RGB, 7 entries
 
 
@@ -358,7 +361,10 @@ def write_scene(job: tuple[str, str, int, Path]) -> str:
 def write_dataset(effect: str, folder: Path) -> None:
     """Writes demo_<effect> below `folder`, unless it is there whole. The last file written marks it as whole."""
     mark = folder / "scenes.txt"
+    told = f"{TRAIN_SCENES} training and {TEST_SCENES} test scenes of demo_{effect}, drawn by generator {GENERATOR}\n"
     if mark.exists():
+        if mark.read_text() != told:
+            raise UserError(f"{folder} was drawn by another version of the scene generator: delete the folder")
         return
     jobs = [(effect, split, index, folder) for split, count in (("train", TRAIN_SCENES), ("test", TEST_SCENES))
             for index in range(count)]
@@ -371,4 +377,4 @@ def write_dataset(effect: str, folder: Path) -> None:
         lists.mkdir(parents=True, exist_ok=True)
         (lists / "train.txt").write_text("\n".join(names[:TRAIN_SCENES]) + "\n")
         (lists / "val.txt").write_text("\n".join(names[TRAIN_SCENES:]) + "\n")
-    mark.write_text(f"{TRAIN_SCENES} training and {TEST_SCENES} test scenes of demo_{effect}\n")
+    mark.write_text(told)

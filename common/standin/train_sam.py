@@ -6,8 +6,8 @@ Each step embeds a batch of scenes, asks for two targets a scene and decodes thr
 click, a positive and a negative one, or a box), after a few corrective clicks, and after up to 17 points in all, drawn
 from the error region and from the 10 x 10 patch centres that AlignSAM's agent chooses among. Targets are single things,
 unions of several or of all of one kind (prompting must be able to collect disjoint parts), shadows, mirrors and
-defocused regions, without names. An auxiliary head on the embedding predicts how each place is painted and its local statistics: clicks alone
-teach edges, but no kinds of things. Neither the demo tasks' scenes nor the names of their targets are used.
+defocused regions, without names. An auxiliary head on the embedding predicts how each place is painted and its local
+statistics: clicks alone teach edges, but no kinds of things. Neither the demo tasks' scenes nor the names of their targets are used.
 """
 
 import time
@@ -21,6 +21,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.sam import run_decoder
 from common.standin.model import IMAGE_SIZE, STRIDE, WEIGHTS, WIDTH, new_sam
 from common.standin.scenes import SURFACES
 from common.standin.store import load_scenes
@@ -41,10 +42,7 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor, boxes: 
     """All four masks (B, 4, 96, 96) and predicted IoUs (B, 4) for B different images, with gradients."""
     decoder = sam.mask_decoder
     sparse, dense = sam.prompt_encoder((points, labels), boxes, masks)
-    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(points), -1, -1)
-    position = sam.prompt_encoder.get_dense_pe().expand(len(points), -1, -1, -1)
-    tokens, image = decoder.transformer(embeddings + dense, position, torch.cat([tokens, sparse], 1))
-    fine = decoder.output_upscaling(image.transpose(1, 2).reshape(embeddings.shape))
+    tokens, fine = run_decoder(sam, embeddings, sparse, dense, sam.prompt_encoder.get_dense_pe())
     weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
     return torch.einsum("bkc,bchw->bkhw", weights, fine), decoder.iou_prediction_head(tokens[:, 0])
 

@@ -1,0 +1,129 @@
+"""Masks for images of one's own, by a trained run: no ground truth, no cache, any size and any format that Pillow reads."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import checkpoint
+from common.clip_surgery import ClipSurgery, load_clip
+from common.datasets import load_image
+from common.episode import Episode
+from common.errors import UserError
+from common.pictures import draw_points, overlay
+from common.sam import SamEmbedder, full_masks, load_sam, sam_fingerprint, squash
+from common.settings import write_atomic
+
+Align = Callable[[torch.Tensor, torch.Tensor], Episode]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The files below `folder`, itself only, whose name ends as a format that Pillow reads. Raises UserError if none."""
+    if not folder.is_dir():
+        raise UserError(f"IMAGES={folder} is no folder: name the folder that holds your images")
+    Image.init()
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = sorted(path for path in folder.iterdir()
+                   if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."))
+    if not found:
+        raise UserError(f"IMAGES={folder} holds no image: name a folder with files such as photo.jpg in it")
+    return found
+
+
+def choose_texts(texts: tuple[str, ...], classes: tuple[str, ...]) -> list[int]:
+    """Indices of `classes` among the run's texts; ("all",) = all of them. Raises UserError naming the first unknown."""
+    if classes == ("all",):
+        return list(range(len(texts)))
+    if unknown := [name for name in classes if name not in texts]:
+        raise UserError(f"CLASSES names {unknown[0]!r}, which this run does not know: choose among {', '.join(texts)}")
+    return [texts.index(name) for name in dict.fromkeys(classes)]
+
+
+def palette() -> list[int]:
+    """VOC's colour map, 256 RGB triples: the bits of the index spread over the three channels."""
+    colours, index = np.zeros((256, 3), int), np.arange(256)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> channel) & 1) << (7 - bit)
+        index = index >> 3
+    return colours.ravel().tolist()
+
+
+def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], classes: tuple[str, ...], align: Align,
+            srm: nn.Module, device: torch.device) -> None:
+    """Segments every image of a folder and writes below `out`, for an image photo.jpg:
+
+    photo.png (binary mask, 0 or 255, the image's own size), photo-overlay.png (with its points), and a line of
+    masks.jsonl. With several texts these are photo-<text>.png and photo-<text>-overlay.png, and photo-classes.png is an
+    indexed picture: 0 = nothing, k = the k-th text, where masks overlap the one of the highest SRM probability.
+
+    attributes: of the run's cache, from which SAM and CLIP are loaded. align: AlignSAM on embeddings (B, C, h, w) and maps
+    (B, h, w). Raises UserError where a model is not the cache's, and at the end where files could not be read.
+    """
+    paths, chosen = find_images(Path(images).expanduser()), choose_texts(texts, classes)
+    sam = load_sam(attributes["sam"], device)
+    clip, tokenizer = load_clip(attributes["clip"], device)
+    for name, found in (("sam", sam_fingerprint(sam)), ("clip", checkpoint.fingerprint(clip.state_dict()))):
+        if found != attributes[f"{name}_fingerprint"]:
+            raise UserError(f"{name.upper()}={attributes[name]} is not the one that made the cache: run stage 1 again")
+    embedder = SamEmbedder(sam, attributes["precision"])
+    side, frame, grid = attributes["clip_size"], attributes["image_size"], sam.prompt_encoder.image_embedding_size
+    surgery = ClipSurgery(clip, tokenizer, side, texts)
+    stems = [path.stem for path in paths]
+    out.mkdir(parents=True, exist_ok=True)
+    broken = []
+
+    with open(out / "masks.jsonl", "w", encoding="utf-8") as lines:
+        for path in tqdm(paths, "segmenting"):
+            try:
+                image = load_image(path)
+            except UserError as error:
+                print(f"skipped: {error}", file=sys.stderr)
+                broken.append(path.name)
+                continue
+            embedding = embedder.embed(squash(image, sam.image_encoder.img_size, frame)[None])
+            for_clip = np.asarray(Image.fromarray(image).resize((side, side), Image.BILINEAR))
+            maps = F.interpolate(surgery.maps(torch.from_numpy(for_clip.copy()).permute(2, 0, 1)[None]), grid, mode="bilinear")
+            episode = align(embedding.expand(len(chosen), -1, -1, -1), maps[0, chosen])
+            masks = np.stack([full_masks(logits, image.shape[:2]).cpu().numpy() for logits in episode.logits])
+
+            stem = path.stem if stems.count(path.stem) == 1 else path.name  # a.jpg beside a.png
+            scale = np.array(image.shape[1::-1]) / frame
+            for mask, text, points, labels, quality in zip(masks, chosen, episode.points.cpu().numpy(),
+                                                           episode.labels.tolist(), episode.predicted_iou.tolist()):
+                name = stem if len(texts) == 1 else f"{stem}-{re.sub(r'[^0-9A-Za-z]+', '-', texts[text])}"
+                save(out / f"{name}.png", Image.fromarray(mask.astype(np.uint8) * 255))
+                picture = overlay(image, mask, image.shape[1::-1])
+                draw_points(picture, points, labels, frame)
+                save(out / f"{name}-overlay.png", picture)
+                line = {"image": path.name, "text": texts[text], "mask": f"{name}.png", "labels": labels,
+                        "points": (points * scale).round(1).tolist(), "predicted_iou": round(quality, 4)}
+                lines.write(json.dumps(line) + "\n")
+            if len(texts) > 1:
+                save(out / f"{stem}-classes.png", indexed(masks, episode.foreground(srm), chosen))
+            lines.flush()
+    print(f"wrote masks of {len(paths) - len(broken)} images to {out}")
+    if broken:
+        raise UserError(f"{len(broken)} of {len(paths)} files could not be read ({', '.join(broken[:5])}"
+                        f"{', ...' if len(broken) > 5 else ''}): mend or remove them; the other images are done")
+
+
+def indexed(masks: np.ndarray, y_r: torch.Tensor, texts: list[int]) -> Image.Image:
+    """masks (K, H, W) bool and y_r (K, h, w) to one indexed picture: 1 + text of the most probable mask there, or 0."""
+    probability = F.interpolate(y_r[:, None], masks.shape[1:], mode="bilinear")[:, 0].cpu().numpy()
+    best = np.where(masks, probability, -1).argmax(0)
+    picture = Image.fromarray(np.where(masks.any(0), 1 + np.array(texts)[best], 0).astype(np.uint8))
+    picture.putpalette(palette())
+    return picture
+
+
+def save(path: Path, picture: Image.Image) -> None:
+    write_atomic(path, lambda temporary: picture.save(temporary, "PNG"))

@@ -1,0 +1,114 @@
+"""Each row of the evaluation changes one thing: where the next point goes, or what labels it."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.episode import Episode, patch_centres
+from tests.test_episode import Recorder
+
+ROUNDS = 6
+
+
+class Answering(Recorder):
+    """A SAM whose mask is foreground in the left half, whatever it is asked."""
+
+    def decode(self, embeddings, points, labels):
+        logits = torch.full((len(embeddings), 40, 40), -5.0)
+        logits[:, :, :20] = 5.0
+        return logits, torch.ones(len(embeddings))
+
+
+@pytest.fixture
+def stage():
+    spec = importlib.util.spec_from_file_location("evaluate", Path(__file__).parent.parent / "04_evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.ROUNDS = ROUNDS
+    return module
+
+
+def run(stage, row: str, numbers: range = range(3), favourite: int = 0):
+    """Prompts with an agent that likes patch `favourite` and those after it, and an SRM that sees foreground below."""
+    maps = torch.zeros(len(numbers), 10, 10)
+    maps[:, :, 1::2] = 1  # every other column
+    episode = Episode(Answering(), torch.ones(len(numbers), 4, 10, 10), maps, patch_centres(800, 80))
+    liking = -((torch.arange(100) - favourite) % 100).float()
+    below = torch.full((10, 10), -1.0)
+    below[5:] = 1.0
+    truth = (torch.arange(100) % 3 == 0).to(torch.uint8).expand(len(numbers), -1)
+    logits, actions = stage.prompt(row, episode, lambda state: liking.expand(len(state), -1),
+                                   lambda s_c, s_t: below.expand(len(s_t), -1, -1), numbers, [], truth)
+    assert len(logits) == actions.shape[1] + 1
+    return actions, episode.labels[:, 2:], episode
+
+
+def test_alignsam_follows_the_agent_and_the_srm(stage):
+    actions, labels, _ = run(stage, "AlignSAM", favourite=47)
+    assert actions.tolist() == [[47, 48, 49, 50, 51, 52]] * 3
+    assert labels.tolist() == [[0, 0, 0, 1, 1, 1]] * 3  # rows 4 and 5 of the patches
+
+
+def test_without_rl_patches_are_drawn_without_the_agent_and_without_repetition(stage):
+    actions, labels, _ = run(stage, "w/o RL", favourite=10)
+    assert torch.equal(actions, run(stage, "w/o RL", favourite=60)[0])
+    assert all(len(set(row)) == ROUNDS for row in actions.tolist())
+    assert len({tuple(row) for row in actions.tolist()}) == 3
+    assert torch.equal(labels, (actions >= 50).long())  # the SRM's still
+    many = run(stage, "w/o RL", range(400))[0]
+    counts = torch.bincount(many.flatten(), minlength=100)
+    assert counts.min() > 5 and counts.max() < 50  # 24 of each are expected
+
+
+def test_a_random_patch_does_not_depend_on_the_batch(stage):
+    whole = run(stage, "w/o RL", range(3))[0]
+    assert torch.equal(torch.cat([run(stage, "w/o RL", range(2))[0], run(stage, "w/o RL", range(2, 3))[0]]), whole)
+
+
+def test_without_srm_every_chosen_point_is_foreground(stage):
+    actions, labels, _ = run(stage, "w/o SRM", favourite=47)
+    assert torch.equal(actions, run(stage, "AlignSAM", favourite=47)[0])
+    assert labels.tolist() == [[1] * ROUNDS] * 3
+
+
+def test_without_msi_there_is_one_round(stage):
+    actions, labels, episode = run(stage, "w/o MSI", favourite=47)
+    assert actions.tolist() == [[47]] * 3 and episode.points.shape == (3, 3, 2)
+
+
+def test_table_8s_rows_differ_in_the_source_of_the_label(stage):
+    actions, from_map, _ = run(stage, "labels: CLIP Surgery", favourite=3)
+    assert torch.equal(from_map, actions % 10 % 2)
+    actions, from_mask, _ = run(stage, "labels: last mask", favourite=3)
+    assert torch.equal(from_mask, (actions % 10 < 5).long())
+    actions, from_truth, _ = run(stage, "oracle labels", favourite=3)
+    assert torch.equal(from_truth, (actions % 3 == 0).long())
+
+
+def test_every_row_starts_from_the_same_points(stage):
+    starts = [run(stage, row)[2].points[:, :2] for row in ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", "oracle labels")]
+    assert all(torch.equal(start, starts[0]) for start in starts)
+
+
+def test_sampled_actions_follow_the_policy(stage):
+    stage.SAMPLE_ACTIONS, stage.ROUNDS = True, 1
+    liking = torch.full((100,), -20.0)
+    liking[[4, 40, 44]] = torch.tensor([0.6, 0.3, 0.1]).log()
+    episode = Episode(Answering(), torch.ones(2000, 1, 10, 10), torch.zeros(2000, 10, 10), patch_centres(800, 80))
+    actions = stage.prompt("AlignSAM", episode, lambda state: liking.expand(len(state), -1),
+                           lambda s_c, s_t: torch.zeros(len(s_t), 10, 10), range(2000), [], torch.empty(0))[1]
+    share = torch.bincount(actions.flatten(), minlength=100) / 2000
+    assert np.allclose(share[[4, 40, 44]], (0.6, 0.3, 0.1), atol=0.04) and share[[4, 40, 44]].sum() == 1
+
+
+def test_oracle_clicks_go_where_the_mask_is_wrong(stage):
+    truth = np.zeros((40, 40), np.uint8)
+    truth[:, :30] = 1
+    episode = Episode(Answering(), torch.ones(1, 4, 10, 10), torch.zeros(1, 10, 10), patch_centres(800, 80))
+    logits, actions = stage.prompt("oracle clicks", episode, None, None, range(1), [truth], torch.empty(0))
+    assert len(logits) == ROUNDS + 1 and actions.numel() == 0
+    assert episode.labels.tolist() == [[1] * (ROUNDS + 1)]
+    assert 20 * 20 <= episode.points[0, 1, 0] <= 30 * 20  # after the first click the mask lacks columns 20 to 29

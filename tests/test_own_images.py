@@ -1,0 +1,151 @@
+"""Masks for images of one's own: a trained run on a folder without ground truth."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from common.own_images import choose_texts, find_images, indexed, palette
+from common.standin.scenes import PALETTE, paths, write_scene
+from tests.test_stages import ROOT, run, workplace  # noqa: F401  (the fixture: a run of all stages)
+
+TINY = {
+    "01_cache_features.py": ["SHOTS=12", "BATCH_SIZE=4"],
+    "02_train_srm.py": ["STEPS=4", "HELD_OUT=4", "SRM_BATCH=2"],
+    "03_train_agent.py": ["EPISODES=1", "EPOCHS=1", "ROUNDS=2", "SRM_BATCH=2", "SRM_STEPS=1"],
+    "04_evaluate.py": ["ROUNDS=2", "PICTURES=1", "ROWS=AlignSAM,PerSAM,CLIP Surgery alone"],
+}
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory) -> Path:
+    """A small run on several classes, VOC's layout, with ignored pixels; the run folder is runs/demo_semantic."""
+    folder = tmp_path_factory.mktemp("voc")
+    lists = folder / "data/VOCdevkit/VOC2012/ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    for split, name, count in (("train", "train", 10), ("test", "val", 4)):
+        names = [write_scene(("semantic", split, index, folder / "data")) for index in range(count)]
+        (lists / f"{name}.txt").write_text("\n".join(names) + "\n")
+        for index in range(count):
+            path = folder / "data" / paths("semantic", split, index)[1]
+            mask = np.array(Image.open(path))
+            mask[:, 100:140] = 255
+            ignored = Image.fromarray(mask)
+            ignored.putpalette(PALETTE + [0] * (768 - len(PALETTE)))  # all 256, or PNG keeps fewer bits
+            ignored.save(path)
+    for script, constants in TINY.items():
+        done = subprocess.run([sys.executable, str(ROOT / script), "TASK=demo_semantic", "DEVICE=cpu", *constants,
+                               *(["DATA_DIR=data"] if script[1] == "1" else [])], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def own_images(folder: Path) -> Path:
+    """Five readable pictures of awkward kinds in folder/mine, and one that is broken."""
+    mine = folder / "mine"
+    mine.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (60, 90, 3), np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # stored lying, to be shown standing
+    Image.fromarray(pixels).save(mine / "turned.JPG", exif=turned)
+    Image.fromarray(pixels[:, :, 0]).save(mine / "grey.png")
+    Image.fromarray(rng.integers(0, 255, (301, 17, 4), np.uint8)).save(mine / "narrow.webp", lossless=True)
+    Image.fromarray(pixels).convert("P").save(mine / "same.gif")
+    Image.fromarray(pixels).save(mine / "same.bmp")
+    (mine / "broken.jpg").write_bytes((mine / "turned.JPG").read_bytes()[:500])
+    (mine / "notes.txt").write_text("no picture")
+    return mine
+
+
+def test_every_readable_image_gets_a_mask_of_its_own_size_and_a_broken_one_is_named(workplace):  # noqa: F811
+    mine = own_images(workplace)
+    done = run(workplace, "04_evaluate.py", f"IMAGES={mine}")
+    assert done.returncode == 1 and "1 of 6 files could not be read (broken.jpg)" in done.stderr
+    assert "Traceback" not in done.stderr
+    out = workplace / "runs/folder/masks"
+    lines = {line["image"]: line for line in map(json.loads, (out / "masks.jsonl").read_text().splitlines())}
+    sizes = {"turned.JPG": (60, 90), "grey.png": (90, 60), "narrow.webp": (17, 301), "same.gif": (90, 60), "same.bmp": (90, 60)}
+    assert lines.keys() == sizes.keys()
+    for name, size in sizes.items():
+        mask = Image.open(out / lines[name]["mask"])
+        assert mask.size == size and set(np.unique(np.asarray(mask))) <= {0, 255}
+        assert Image.open(out / lines[name]["mask"].replace(".png", "-overlay.png")).size == size
+        points = np.array(lines[name]["points"])
+        assert points.shape == (2 + 3, 2) and len(lines[name]["labels"]) == 5 and lines[name]["labels"][:2] == [1, 0]
+        assert (points >= 0).all() and (points <= size).all()
+        assert isinstance(lines[name]["predicted_iou"], float)
+    assert lines["same.gif"]["mask"] != lines["same.bmp"]["mask"]
+
+
+def test_a_test_image_given_as_ones_own_gets_the_evaluations_prompts(workplace):  # noqa: F811
+    done = run(workplace, "04_evaluate.py", f"IMAGES={workplace / 'data/test/images'}", "RUN_DIR=runs/folder", "FEATURES=")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (workplace / "runs/folder/masks/masks.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [f"{index}.jpg" for index in range(6)]
+    from PIL import Image as Pillow
+    ious = []
+    for index in range(6):
+        mask = np.asarray(Pillow.open(workplace / f"runs/folder/masks/{index}.png")) > 0
+        truth = np.asarray(Pillow.open(workplace / f"data/test/masks/{index}.png")) > 127
+        ious.append((mask & truth).sum() / max((mask | truth).sum(), 1))
+    stored = json.loads((workplace / "runs/folder/results.json").read_text())["rows"]["AlignSAM"]["mIoU"]
+    assert np.mean(ious) == pytest.approx(stored, abs=0.02)  # the cache holds float16
+
+
+def test_a_run_on_several_classes_evaluates_per_class_and_ignores_what_has_no_truth(voc):
+    results = json.loads((voc / "runs/demo_semantic/results.json").read_text())
+    assert list(results["rows"]) == ["AlignSAM", "PerSAM", "CLIP Surgery alone"]
+    for row in results["rows"].values():
+        per_class = [scores["mIoU"] for scores in row["per_class"].values()]
+        assert len(per_class) >= 2 and row["mIoU"] == pytest.approx(np.mean(per_class))
+    assert "FR" in results["rows"]["AlignSAM"] and "FR" not in results["rows"]["PerSAM"]
+
+
+def test_several_classes_give_a_mask_each_and_one_indexed_picture(voc):
+    mine = voc / "one"
+    mine.mkdir(exist_ok=True)
+    Image.open(voc / "data" / paths("semantic", "test", 0)[0]).resize((120, 80)).save(mine / "scene.png")
+    command = [sys.executable, str(ROOT / "04_evaluate.py"), "TASK=demo_semantic", "DEVICE=cpu", "ROUNDS=2", f"IMAGES={mine}"]
+    done = subprocess.run([*command, "CLASSES=ring,ball"], cwd=voc, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = voc / "runs/demo_semantic/masks"
+    assert {path.name for path in out.iterdir()} == {"masks.jsonl", "scene-ring.png", "scene-ring-overlay.png", "scene-ball.png",
+                                                     "scene-ball-overlay.png", "scene-classes.png"}
+    classes = Image.open(out / "scene-classes.png")
+    assert classes.mode == "P" and classes.size == (120, 80)
+    indices = np.asarray(classes)
+    ring, ball = (np.asarray(Image.open(out / f"scene-{name}.png")) > 0 for name in ("ring", "ball"))
+    assert set(np.unique(indices)) <= {0, 2, 6}  # ring is the second text, ball the sixth
+    assert np.array_equal(indices > 0, ring | ball) and (indices[ring & ~ball] == 2).all()
+    done = subprocess.run([*command, "CLASSES=ring,moon"], cwd=voc, capture_output=True, text=True)
+    assert done.returncode == 1 and "CLASSES names 'moon'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_overlapping_masks_yield_to_the_higher_probability():
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, :, :3], masks[1, :, 1:] = True, True
+    y_r = torch.stack([torch.full((2, 2), 0.6), torch.tensor([[0.9, 0.9], [0.1, 0.1]])])
+    assert np.asarray(indexed(masks, y_r, [4, 7]))[[0, 3]].tolist() == [[5, 8, 8, 8], [5, 5, 5, 8]]
+
+
+def test_the_palette_is_vocs():
+    assert palette()[:15] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128]
+    assert palette()[3 * 20:3 * 21] == [0, 64, 128]  # tvmonitor
+
+
+def test_a_folder_without_images_and_an_unknown_class_get_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        find_images(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UserError, match="holds no image"):
+        find_images(tmp_path)
+    assert choose_texts(("dog", "cat"), ("all",)) == [0, 1] and choose_texts(("dog", "cat"), ("cat", "cat")) == [1]
+    with pytest.raises(UserError, match="'cow'"):
+        choose_texts(("dog", "cat"), ("cow",))

@@ -1,0 +1,96 @@
+"""The paper's tables: which runs they need, and what they say of them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from common import tables
+from common.errors import UserError
+from common.paper import paper_figures, results_table
+
+
+@pytest.fixture
+def scripts(monkeypatch, tmp_path):
+    """Stands in for the numbered scripts: keeps the commands, and writes results that depend on seed and constants."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def run_script(script, *constants):
+        given = dict(constant.split("=", 1) for constant in constants)
+        commands.append((script[:2], given))
+        folder = Path(given.get("RUN_DIR", "runs/demo_saliency"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if script.startswith("02"):
+            (folder / "srm.pt").write_text(given["SEED"])
+        if script.startswith("04"):
+            rows = ["AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", "labels: CLIP Surgery", "labels: last mask", "PerSAM"]
+            rows = rows if given["ROWS"] == "all" else given["ROWS"].split(",")
+            rounds = int(given.get("ROUNDS", 15))
+            score = 0.4 + 0.1 * int(given["SEED"]) + (0.05 if "explicit" in str(folder) else 0)
+            row = dict.fromkeys(("mIoU", "F", "BER", "E", "MAE", "FR"), score)
+            (folder / given["RESULTS"]).write_text(json.dumps({
+                "sam": "demo", "clip": "demo", "branch": "implicit", "images": 240, "foreground_rate_attainable": 0.4,
+                "rows": {name: row for name in rows},
+                "iou_per_round": {name: [score + 0.01 * number for number in range(rounds + 1)] for name in rows}}))
+
+    monkeypatch.setattr(tables, "run_script", run_script)
+    return commands
+
+
+def test_the_tables_hold_mean_and_deviation_over_seeds_and_nothing_is_run_twice(scripts, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "SEEDS", (0, 1))
+    tables.main()
+    first = len(scripts)
+    stages = [stage for stage, _ in scripts]
+    assert stages.count("01") == 1
+    assert stages.count("02") == stages.count("03") == 2 * 4  # per seed: main, the other branch, 5 and 20 shots
+    assert stages.count("04") == 2 * 5  # and 20 rounds
+    text = Path("runs/demo_saliency/tables.md").read_text()
+    assert "| AlignSAM | 45.00 ± 7.07 |" in text  # 0.4 and 0.5, deviation 0.0707
+    assert re.search(r"\| explicit \| 50.00 ± 7.07", text)
+    assert "0.450 ± 0.071" in text  # MAE stays a fraction
+    stored = json.loads(Path("runs/demo_saliency/tables.json").read_text())
+    table = stored["tables"]["Table 5: IoU after each round (trained with T = 15)"]
+    assert table["AlignSAM"]["20"] == pytest.approx([0.65, 0.0707], abs=1e-4)
+    assert Path("runs/demo_saliency/iterations.png").stat().st_size > 1000
+    Path("runs/demo_saliency/features.h5").touch()
+    (Path("runs/demo_saliency-seed1") / "results.json").unlink()
+    tables.main()
+    assert [stage for stage, _ in scripts[first:] if stage != "01"] == ["02", "03", "04"]  # only what was missing
+
+
+def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "FIGURE7", True)
+    tables.main()
+    of = {(stage, Path(given.get("RUN_DIR", "")).name, given.get("RESULTS")): given for stage, given in scripts}
+    assert of["02", "demo_saliency-seed0-explicit", None]["BRANCH"] == "explicit"
+    assert of["02", "demo_saliency-seed0-shots5", None]["SHOTS"] == of["03", "demo_saliency-seed0-shots5", None]["SHOTS"] == "5"
+    assert of["04", "demo_saliency-seed0", "T20.json"]["ROUNDS"] == "20"
+    assert of["03", "demo_saliency-seed0-episodes100", None]["EPISODES"] == "100"
+    assert of["03", "demo_saliency-seed0-rounds5", None]["ROUNDS"] == "5"
+    assert of["04", "demo_saliency-seed0-rounds5", "results.json"]["ROUNDS"] == "5"
+    assert ("02", "demo_saliency-seed0-rounds5", None) not in of  # its SRM is the main run's
+    assert Path("runs/demo_saliency-seed0-rounds5/srm.pt").read_text() == "0"
+    assert all(given["FEATURES"] == "runs/demo_saliency/features.h5" for stage, given in scripts if stage != "01")
+    assert Path("runs/demo_saliency/figure7_episodes.png").exists()
+
+
+def test_real_data_without_a_cache_are_not_guessed_at(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "TASK", "duts")
+    with pytest.raises(UserError, match="run 01_cache_features.py TASK=duts first"):
+        tables.main()
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("table 8",))
+    with pytest.raises(UserError, match="EXPERIMENTS names 'table 8'"):
+        tables.main()
+
+
+def test_the_papers_figures_stand_beside_the_right_rows():
+    assert paper_figures("labels", "voc")["RL + SRM"]["mIoU"] == 62.09
+    assert paper_figures("branches", "sbu") == {"implicit": {"mIoU": 19.40}, "explicit": {"mIoU": 30.78}}
+    assert paper_figures("shots", "msd")["AlignSAM"] == {"5": 31.19, "20": 38.78}
+    assert paper_figures("foreground rate", "duts")["random"]["FR"] == 14.6
+    assert paper_figures("shots", "sbu") is None and paper_figures("labels", "duts") is None
+    table = results_table({"implicit": {"mIoU": (0.2, 0.01)}}, paper_figures("branches", "sbu"))
+    assert "| implicit | 20.00 ± 1.00 | 19.40 |" in table and "| explicit (paper only) | – | 30.78 |" in table
