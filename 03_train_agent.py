@@ -75,8 +75,8 @@ def main() -> None:
     ppo = torch.optim.Adam([*actor.parameters(), *critic.parameters()], LEARNING_RATE)
     srm_optimizer = torch.optim.Adam(srm.parameters(), LEARNING_RATE)
     learning = {"srm": srm, "actor": actor, "critic": critic, "ppo": ppo, "srm_optimizer": srm_optimizer}
-    chosen = {"task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "episodes": EPISODES, "epochs": EPOCHS, "rounds": ROUNDS,
-              "gamma": GAMMA, "clip_range": CLIP_RANGE, "learning_rate": LEARNING_RATE, "srm_steps": SRM_STEPS[branch],
+    chosen = {"task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "episodes": EPISODES, "epochs": EPOCHS,
+              "rounds": ROUNDS, "gamma": GAMMA, "clip_range": CLIP_RANGE, "learning_rate": LEARNING_RATE, "srm_steps": SRM_STEPS[branch],
               "srm_batch": SRM_BATCH, "features": features.identity(), "srm": checkpoint.fingerprint(stage_2["srm"])}
     log, first = [], 1
     if path.exists():  # from where a killed run stopped
@@ -136,8 +136,8 @@ def main() -> None:
         overlap = (final & (truth > 0.5)).sum((1, 2)) / (final | (truth > 0.5)).sum((1, 2)).clamp(min=1)
         srm_losses, srm_accuracies = zip(*srm_log)
         log.append({
-            "episode": number, "return": rewards.sum(0).mean().item(), "foreground_rate": (rewards > 0).float().mean().item(),
-            **update, "label_accuracy": sum(right) / len(right), "srm_loss": sum(srm_losses) / len(srm_losses),
+            "episode": number, "return": rewards.sum(0).mean().item(),
+            "foreground_rate": (rewards > 0).float().mean().item(), **update, "label_accuracy": sum(right) / len(right), "srm_loss": sum(srm_losses) / len(srm_losses),
             "srm_accuracy": sum(srm_accuracies) / len(srm_accuracies), "training_iou": overlap.mean().item(),
             "seconds": time.time() - started})
         checkpoint.save(path, {"settings": chosen, "log": log, "generator": generator.get_state(),

@@ -181,7 +181,8 @@ def main() -> None:
                 on_target += int((at_centres.gather(1, actions) == 1).sum())
                 chosen += actions.numel()
             elif place == "PerSAM":
-                logits = [torch.stack([persam.segment(one, references[text])[0] for one, (_, text) in zip(embeddings, batch)])]
+                masks = [persam.segment(one, references[text])[0] for one, (_, text) in zip(embeddings, batch)]
+                logits = [torch.stack(masks)]
             elif place == "SRM":
                 logits = [srm_alone(episode, srm)]
             elif place == "map":
@@ -216,19 +217,20 @@ def main() -> None:
     task_paper = get_task(TASK, "-").paper
     real = features.attrs["sam"] != "demo" and features.attrs["clip"] != "demo"
     print(f"\n{TASK}, {len(samples)} test samples, SAM {features.attrs['sam']}, CLIP {features.attrs['clip']}"
-          + ("" if real else " (stand-ins: small models trained on drawn scenes; no figure here compares with the paper's)"))
+          + ("" if real else " (stand-ins: small models trained on drawn scenes; no figure compares with the paper's)"))
     table = {name: {key: value for key, value in row.items() if key != "per_class"} for name, row in results.items()}
     print(results_table(table, paper_row(task_paper) if task_paper and real else None))
     print(f"FR attainable: {attainable:.4f} (no choice of {ROUNDS} different patches does better)")
     if classes:
-        per_class = {name: {label: scores["mIoU"] for label, scores in row["per_class"].items()} for name, row in results.items()}
+        per_class = {name: {label: scores["mIoU"] for label, scores in row["per_class"].items()}
+                     for name, row in results.items()}
         print("\nIoU per class\n\n" + results_table(per_class))
 
     content = {
         "task": TASK, "sam": features.attrs["sam"], "clip": features.attrs["clip"], "seed": trained["settings"]["seed"],
         "images": len(samples), "units": "all metrics are fractions between 0 and 1",
-        "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "rounds": ROUNDS, "branch": trained["settings"]["branch"],
-        "trained": trained["settings"], "foreground_rate_attainable": attainable,
+        "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "rounds": ROUNDS,
+        "branch": trained["settings"]["branch"], "trained": trained["settings"], "foreground_rate_attainable": attainable,
         **({"clip_surgery_threshold": threshold} if threshold else {}), "rows": results, "iou_per_round": iou_per_round}
     settings.write_atomic(run_dir / RESULTS, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     written = [run_dir / RESULTS]
@@ -236,8 +238,9 @@ def main() -> None:
         save_strips([sequences[number] for number in sorted(sequences)], run_dir / "strips.png")
         written.append(run_dir / "strips.png")
     if finals:  # its Figure 4: the rows side by side
-        save_strips([strip(features.name(samples[number]), features.texts[samples[number][1]], features.picture(samples[number]),
-                           features.labels(samples[number]), masks, {}, frame) for number, masks in finals.items()],
+        pictured = [(samples[number], masks) for number, masks in finals.items()]
+        save_strips([strip(features.name(sample), features.texts[sample[1]], features.picture(sample),
+                           features.labels(sample), masks, {}, frame) for sample, masks in pictured],
                     run_dir / "comparison.png")
         written.append(run_dir / "comparison.png")
     if gallery:

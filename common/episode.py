@@ -19,7 +19,8 @@ class Episode:
 
     embeddings (B, C, h, w) float = F; maps (B, h, w) float = M_c, the task's text on the grid. No mask exists yet:
     M = 1 everywhere, and no point. `mask` (B, h, w) is the current M on the grid, `logits` (B, 4h, 4w) SAM's answer and
-    `predicted_iou` (B,) its opinion of it, `points` (B, n, 2) and `labels` (B, n) P_t, `allowed` (B, A) bool the patches that may still be chosen.
+    `predicted_iou` (B,) its opinion of it, `points` (B, n, 2) and `labels` (B, n) P_t,
+    `allowed` (B, A) bool the patches that may still be chosen.
     """
 
     def __init__(self, prompter: BatchedPrompter, embeddings: Tensor, maps: Tensor, centres: Tensor,

@@ -91,7 +91,8 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
                 continue
             embedding = embedder.embed(squash(image, sam.image_encoder.img_size, frame)[None])
             for_clip = np.asarray(Image.fromarray(image).resize((side, side), Image.BILINEAR))
-            maps = F.interpolate(surgery.maps(torch.from_numpy(for_clip.copy()).permute(2, 0, 1)[None]), grid, mode="bilinear")
+            maps = surgery.maps(torch.from_numpy(for_clip.copy()).permute(2, 0, 1)[None])
+            maps = F.interpolate(maps, grid, mode="bilinear")
             episode = align(embedding.expand(len(chosen), -1, -1, -1), maps[0, chosen])
             masks = np.stack([full_masks(logits, image.shape[:2]).cpu().numpy() for logits in episode.logits])
 

@@ -47,7 +47,8 @@ def _columns(table: str, task: str | None = None) -> dict[str, dict[str, float]]
             raise KeyError(task)
     names = [column and column.split(".")[-1] for column in columns]
     return {
-        row.removeprefix("AlignSAM "): {OUR_NAMES.get(name, name): figure for name, figure in zip(names, figures, strict=True) if name}
+        row.removeprefix("AlignSAM "): {OUR_NAMES.get(name, name): figure
+                                        for name, figure in zip(names, figures, strict=True) if name}
         for row, figures in TABLES[table]["rows"].items()
     }
 

@@ -44,7 +44,8 @@ def run_stages(task: str, folder: Path, seed: int, evaluation: list[str], agent:
     was trained with the same constants, to be taken over.
     """
     if not (folder / results).exists():
-        same = [f"TASK={task}", f"RUN_DIR={folder}", f"FEATURES=runs/{task}/features.h5", f"DEVICE={DEVICE}", f"SEED={seed}"]
+        same = [f"TASK={task}", f"RUN_DIR={folder}", f"FEATURES=runs/{task}/features.h5", f"DEVICE={DEVICE}",
+                f"SEED={seed}"]
         print(f"\n{folder}", flush=True)
         if srm_from and not (folder / "srm.pt").exists():
             settings.write_atomic(folder / "srm.pt", lambda temporary: shutil.copy(srm_from / "srm.pt", temporary))
@@ -95,12 +96,11 @@ def main() -> None:
     if unknown := set(EXPERIMENTS) - {"main", "branches", "iterations", "shots"}:
         raise settings.UserError(f"EXPERIMENTS names {unknown.pop()!r}: choose among main, branches, iterations, shots")
     task, out = get_task(TASK, "-"), Path("runs") / TASK
-    if not (out / "features.h5").exists() or not TASK.startswith("demo_"):  # a cache that is whole ends at once
-        if TASK.startswith("demo_"):
-            run_script("01_cache_features.py", f"TASK={TASK}", f"DEVICE={DEVICE}")
-        elif not (out / "features.h5").exists():
-            raise settings.UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py TASK={TASK} first, with "
-                                     "your SAM, CLIP and DATA_DIR")
+    if TASK.startswith("demo_"):  # ends at once where the cache is whole
+        run_script("01_cache_features.py", f"TASK={TASK}", f"DEVICE={DEVICE}")
+    elif not (out / "features.h5").exists():
+        raise settings.UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py TASK={TASK} first, with "
+                                 "your SAM, CLIP and DATA_DIR")
     folders = {seed: Path("runs") / f"{TASK}-seed{seed}" for seed in SEEDS}
     base = [run_stages(TASK, folder, seed, ["ROWS=all"], [], []) for seed, folder in folders.items()]
     real = base[0]["sam"] != "demo" and base[0]["clip"] != "demo"
@@ -144,11 +144,13 @@ def main() -> None:
                 for seed, folder in folders.items()]
         rounds = {row: per_round(runs, row) for row in runs[0]["rows"]}
         add("Table 5: IoU after each round (trained with T = 15)",
-            {row: {str(number): values[number] for number in (0, 1, 2, 3, 5, 10, 15, 20)} for row, values in rounds.items()})
+            {row: {str(number): values[number] for number in (0, 1, 2, 3, 5, 10, 15, 20)}
+             for row, values in rounds.items()})
         plot(out / "iterations.png", {row: dict(enumerate(values)) for row, values in rounds.items()}, "round")
     if "shots" in EXPERIMENTS:
         few = {str(shots): [run_stages(TASK, Path(f"{folder}-shots{shots}"), seed, ["ROWS=AlignSAM,PerSAM", *_QUICK],
-                                       [f"SHOTS={shots}"], [f"SHOTS={shots}"]) for seed, folder in folders.items()] for shots in _SHOTS}
+                                       [f"SHOTS={shots}"], [f"SHOTS={shots}"]) for seed, folder in folders.items()]
+               for shots in _SHOTS}
         others("Table 10: labelled images, mIoU", few | {"all": base}, "shots", ("AlignSAM", "PerSAM"))
     if FIGURE7:
         for name, values, standard in (("ROUNDS", _ROUNDS, 15), ("EPISODES", _EPISODES, 50)):

@@ -160,7 +160,7 @@ def test_an_entry_whose_flag_was_not_set_counts_as_missing(complete):
     with CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES) as writer:
         assert writer.missing() == [2]
     with pytest.raises(UserError, match=r"lacks 1 of its 4 images.*01_cache_features.py TASK=sbu"):
-        Cache.open(complete)
+        Cache.open(complete, None, "01_cache_features.py TASK=sbu")
 
 
 def test_the_flag_is_set_only_after_the_data_are_synced(path, monkeypatch):
@@ -324,7 +324,7 @@ def test_another_format_is_named(complete):
 
 def test_a_missing_cache_names_the_script_that_makes_it(path):
     with pytest.raises(UserError, match=r"features.h5 does not exist: run 01_cache\S+ TASK=msd first"):
-        Cache.open(path, "msd")
+        Cache.open(path, "msd", "01_cache_features.py TASK=msd")
 
 
 def test_a_cache_of_another_task_names_both(complete):

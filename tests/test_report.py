@@ -223,7 +223,8 @@ PLAY = READ + """
   const read = () => ({ slider: one("#round").value, output: one("#round-now").textContent,
     iou: one("#cards strong").textContent, inMask: pixel(canvas, 280, 160), onOutline: pixel(canvas, 238, 160),
     first: pixel(canvas, 436, 36), firstRing: pixel(canvas, 432 + 13, 32), second: pixel(canvas, 436, 292),
-    newest: pixel(canvas, 364, 36), newestRing: pixel(canvas, 360 + 13, 32) });
+    newest: pixel(canvas, 364, 36), newestRing: pixel(canvas, 360 + 13, 32),
+    beforeRing: pixel(canvas, 240 + 13, 288) });
   canvas.scrollIntoView();
   await settle();
   Object.assign(found, { last: read(), captions: texts("#cards figcaption").slice(0, 3), drawnAtTop: drawn() });
@@ -321,7 +322,8 @@ def test_the_slider_moves_the_mask_the_points_and_the_iou(played):
 
 
 def test_only_the_newest_point_is_ringed(played):
-    assert near(played["last"]["newestRing"], WHITE) and near(played["last"]["firstRing"], GREY)
+    assert near(played["last"]["newestRing"], WHITE)
+    assert near(played["last"]["firstRing"], GREY) and near(played["last"]["beforeRing"], IN_MASK)
     assert near(played["start"]["firstRing"], WHITE)
 
 

@@ -1,6 +1,6 @@
 """Trains the CLIP stand-in from scratch on crops of scenes and captions of what is in them.
 
-    python -m common.standin.train_clip           70 minutes on one thread of a 2-core CPU
+    python -m common.standin.train_clip           57 minutes on one thread of a 2-core CPU
 
 The model is open_clip's `CLIP` at small size. Captions name kinds of things (with colour or surface, or without),
 shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates. In a batch of so few concepts many
@@ -114,7 +114,8 @@ def draw_batch(images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
 
 
 def pair_loss(similarity: Tensor, true: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Sigmoid loss over all pairs (..., B) of something with a caption; true and false ones weigh the same, however many there are of each."""
+    """Sigmoid loss over all pairs (..., B) of something with a caption; true and false ones weigh the same, however many
+    there are of each."""
     losses = F.softplus((scale.exp() * similarity + bias) * torch.where(true, -1, 1))
     return (losses[true].mean() + losses[~true].mean()) / 2
 
