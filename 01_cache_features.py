@@ -92,6 +92,7 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "segment_anything", "open_clip_torch")}}
     run_dir = settings.run_dir(RUN_DIR, TASK)
     path = settings.features(FEATURES, run_dir)
+    settings.lock(path.parent)
 
     def read(row: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """One image: its row, what SAM sees, what CLIP sees, its label map, its small picture."""

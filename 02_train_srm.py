@@ -66,6 +66,7 @@ def main() -> None:
     settings.not_negative(globals(), "SEED", "SHOTS")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
+    settings.lock(run_dir)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
@@ -98,6 +99,8 @@ def main() -> None:
 
         # Eqs. 11 to 13: y_r from s_c and s_t, Dice + BCE against y on the grid
         loss, _ = train_step(srm, optimizer, episode.semantic_state(), episode.state(), shots.truth[rows], generator)
+        settings.require_finite({"the SRM's loss": loss}, f"in step {step} on " + ", ".join(
+            features.name(shots.samples[row]) for row in rows))
 
         if step % LOG_EVERY == 0:
             foreground, background = accuracy(srm, episode, shots.truth_centres[rows])

@@ -50,6 +50,7 @@ def main() -> None:
     settings.not_negative(globals(), "SEED", "SHOTS")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
+    settings.lock(run_dir)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
@@ -140,6 +141,8 @@ def main() -> None:
             "foreground_rate": (rewards > 0).float().mean().item(), **update, "label_accuracy": sum(right) / len(right), "srm_loss": sum(srm_losses) / len(srm_losses),
             "srm_accuracy": sum(srm_accuracies) / len(srm_accuracies), "training_iou": overlap.mean().item(),
             "seconds": time.time() - started})
+        settings.require_finite({name: log[-1][name] for name in ("policy_loss", "value_loss", "srm_loss")},
+                                f"in episode {number}")
         checkpoint.save(path, {"settings": chosen, "log": log, "generator": generator.get_state(),
                                "finished": number == EPISODES,
                                **{name: part.state_dict() for name, part in learning.items()}})

@@ -120,6 +120,7 @@ def main() -> None:
         raise settings.UserError(f"ROWS names {unknown[0]!r}, which is none of: all, {', '.join(_ROWS)}")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
+    settings.lock(run_dir)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)

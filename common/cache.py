@@ -303,8 +303,13 @@ class Cache:
         return self.embedding([row for row, _ in samples])
 
     def maps(self, samples: np.ndarray) -> torch.Tensor:
-        """float32 (B, h, w) in [0, 1]: M_c of each sample's own text."""
-        return self._pairs("maps", samples).float()
+        """float32 (B, h, w) in [0, 1]: M_c of each sample's own text. Raises UserError naming an image without one."""
+        maps = self._pairs("maps", samples).float()
+        for sample, entry in zip(samples, maps):
+            if not entry.isfinite().all():
+                raise UserError(f"{self.path}: the CLIP map of {self.name(sample)} holds NaN or infinite values: delete "
+                                "the file and run 01_cache_features.py again")
+        return maps
 
     def truth_grid(self, samples: np.ndarray) -> torch.Tensor:
         """float32 (B, h, w): see `truth_on_grid`."""

@@ -154,6 +154,33 @@ def features(features: str, run_dir: Path) -> Path:
     return Path(features).expanduser() if features else run_dir / "features.h5"
 
 
+def lock(folder: Path) -> None:
+    """Makes the folder and claims it until this process ends, however it ends. Raises UserError where another has it.
+
+    The claim lies on the folder itself, so nothing is left behind. Where the system has no such locks, nothing is done.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        return
+    handle = os.open(folder, os.O_RDONLY)  # never closed: the lock goes with the process
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is working in {folder}: wait until it ends, or name another RUN_DIR") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def require_finite(values: dict[str, float], where: str) -> None:
+    """Raise UserError naming the first of these numbers that is NaN or infinite; `where` says what they came from."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name.replace('_', ' ')} is {value} {where}: lower LEARNING_RATE, or look at what goes in; "
+                            "what was saved before is intact")
+
+
 def command(script: str, constants: dict[str, object]) -> str:
     """The command that runs another stage of the same run: script and the constants that say which run it is."""
     given = [f"{name}={constants[name]}" for name in ("TASK", "RUN_DIR", "FEATURES") if constants[name]]

@@ -480,3 +480,14 @@ def test_the_identity_tells_caches_apart_by_what_made_them_and_not_by_when(compl
     same = Cache.open(complete).identity()
     assert identity("later.h5", time="now", versions={"torch": "9"}) == same
     assert identity("other.h5", sam="vit_b") != same
+
+
+def test_a_map_that_went_bad_on_the_disk_is_refused_with_the_images_name(complete):
+    with h5py.File(complete, "r+") as file:
+        values = file["maps"][1]
+        values[0, 0, 0] = np.nan
+        file["maps"][1] = values
+        names = [name.decode() for name in file["names"][:]]
+    cache = Cache.open(complete)
+    with pytest.raises(UserError, match=f"the CLIP map of {names[1]} holds NaN"):
+        cache.maps(np.array([[0, 0], [1, 0]]))

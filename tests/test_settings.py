@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.settings import device, override, positive, run, run_dir, seed_everything, write_atomic
+from common.settings import (device, lock, override, positive, require_finite, run, run_dir, seed_everything,
+                             write_atomic)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -254,3 +255,22 @@ def test_a_file_in_a_folders_place_is_named(tmp_path, stopped):
         write_atomic(tmp_path / "runs" / "log.csv", lambda temporary: None)
     code, _ = stopped(failure.value)
     assert f"{tmp_path / 'runs'} should be a folder" in code
+
+
+def test_a_second_process_on_a_run_folder_is_told_so_and_a_third_may_follow(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"from common.settings import lock; from pathlib import Path; lock(Path({str(tmp_path)!r}));"
+         "print('held', flush=True); input()"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process is working in"):
+        lock(tmp_path)
+    holder.kill()
+    holder.wait()
+    lock(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_that_is_not_finite_is_named():
+    require_finite({"loss": 0.5}, "in step 1")
+    with pytest.raises(UserError, match="value loss is nan in episode 3"):
+        require_finite({"loss": 0.5, "value_loss": float("nan")}, "in episode 3")
