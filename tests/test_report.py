@@ -25,7 +25,7 @@ RESULTS = {
     "branch": "explicit", "foreground_rate_attainable": 0.5,
     "rows": {"AlignSAM": {"mIoU": 0.4311, "MAE": 0.0709, "FR": 0.25, "per_class": {"star": {"mIoU": 0.125}}},
              "w/o MSI": {"mIoU": NAN, "MAE": None, "per_class": {"<ring>": {"mIoU": 0.0625}}}},
-    "iou_per_round": {"AlignSAM": [0.1, 0.2, 0.3, 0.4311], "w/o MSI": [0.1, 0.2]}}
+    "iou_per_round": {"AlignSAM": [0.1, 0.2, 0.3, 0.4311], "w/o MSI": [0.1, 0.2], "PerSAM": [0.9]}}
 LOG = [{"step": 10 * row, "loss": 1 / row, "half_known": 0.5 if row % 2 else NAN} for row in range(1, 6)]
 
 
@@ -207,7 +207,8 @@ const pixel = (canvas, x, y) => [...canvas.getContext("2d").getImageData(x, y, 1
 READ = """
   Object.assign(found, { title: document.title, heading: one("header").innerText, tables: texts("tr"),
     charts: all("main figure > svg").length, labels: texts("#per-round figure > svg text"),
-    main: one("main").innerHTML, visible: one("main").innerText });
+    paths: all("#srm-log path").map(each => each.getAttribute("d")), main: one("main").innerHTML,
+    visible: one("main").innerText });
 """
 
 PLAY = READ + """
@@ -309,6 +310,22 @@ def test_tables_are_in_percent_with_dashes_for_what_is_unknown(played):
 def test_charts_have_numbers_on_their_axes(played):
     assert played["charts"] == 1 + 2 + 2
     assert played["labels"] == ["10", "20", "30", "40", "50", "0", "1", "2", "3", "round"]
+
+
+def test_rows_of_rounds_are_told_apart_and_rows_without_rounds_have_no_curve(tmp_path):
+    ious = {f"row {number}": [0.1, number / 10] for number in range(8)} | {"PerSAM": [0.9]}
+    written(tmp_path / "report.html", RESULTS | {"iou_per_round": ious})
+    found = browse(tmp_path / "report.html", """
+        const styled = all("#per-round figure > svg path").map(getComputedStyle);
+        found.styles = styled.map(style => `${style.stroke} ${style.strokeDasharray}`);
+        found.legend = texts("#per-round figcaption span");
+        """)
+    assert len(found["styles"]) == len(set(found["styles"])) == 8
+    assert found["legend"] == [f"row {number} {number * 10} at round 1" for number in range(8)]
+
+
+def test_a_curve_has_a_gap_where_a_value_is_missing(played):
+    assert [re.sub("[^A-Z]", "", path) for path in played["paths"]] == ["MLLLL", "MMM"]
 
 
 def test_the_slider_moves_the_mask_the_points_and_the_iou(played):
