@@ -3,9 +3,10 @@ TASK ?= demo_saliency
 TASKS ?= demo_blur demo_shadow demo_mirror demo_saliency demo_semantic
 SEEDS ?= 0
 FIGURE7 ?= 0
+DEVICE ?= auto
 RUN = .venv/bin/python
 
-.PHONY: demo test row tables seeds standin
+.PHONY: demo test row tables seeds bench standin
 
 demo: .venv/installed  ## install, run all four stages on the embedded default, print its table
 	$(RUN) 01_cache_features.py
@@ -20,10 +21,13 @@ row: .venv/installed  ## the four stages for one task: make row TASK=demo_shadow
 	$(RUN) 04_evaluate.py TASK=$(TASK)
 
 tables: .venv/installed  ## every table of the paper for one task: make tables TASK=demo_shadow SEEDS=0,1,2 FIGURE7=1
-	$(RUN) -m common.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7)
+	$(RUN) -m common.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7) DEVICE=$(DEVICE)
 
 seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, three training seeds each
 	for task in $(TASKS); do $(RUN) -m common.tables TASK=$$task SEEDS=0,1,2 EXPERIMENTS=main || exit 1; done
+
+bench: .venv/installed  ## how fast the parts are beside what they replace: make bench DEVICE=cuda
+	$(RUN) -m common.bench DEVICE=$(DEVICE)
 
 standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: two hours on a CPU
 	$(RUN) -m common.standin.train_sam
