@@ -66,12 +66,13 @@ def main() -> None:
     settings.not_negative(globals(), "SEED", "SHOTS")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
-    settings.lock(run_dir)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
     shots = features.training_set(SHOTS, ROUNDS, device)
+
+    settings.lock(run_dir)
 
     # the SRM, fresh or from where a killed run stopped
     branch = BRANCH or features.attrs["branch"]

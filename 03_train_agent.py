@@ -50,7 +50,6 @@ def main() -> None:
     settings.not_negative(globals(), "SEED", "SHOTS")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
-    settings.lock(run_dir)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
@@ -66,6 +65,7 @@ def main() -> None:
     checkpoint.require_finished(srm_path, stage_2, stage_2_command)
     checkpoint.require_same(srm_path, stage_2["settings"], {"task": TASK, "shots": SHOTS, "features": features.identity()})
     branch = stage_2["settings"]["branch"]
+    settings.lock(run_dir)
 
     settings.seed_everything(SEED)
     generator = torch.Generator().manual_seed(SEED)

@@ -120,7 +120,6 @@ def main() -> None:
         raise settings.UserError(f"ROWS names {unknown[0]!r}, which is none of: all, {', '.join(_ROWS)}")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
-    settings.lock(run_dir)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
@@ -132,6 +131,7 @@ def main() -> None:
     trained = checkpoint.load(path, maker)
     checkpoint.require_finished(path, trained, maker)
     checkpoint.require_same(path, trained["settings"], {"task": TASK, "features": features.identity()})
+    settings.lock(run_dir)
     channels = json.loads(features.attrs["embedding"])[0]
     actor, srm = Actor(channels).to(device).eval(), build_srm(trained["settings"]["branch"], channels).to(device).eval()
     actor.load_state_dict(trained["actor"])
