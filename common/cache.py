@@ -291,9 +291,12 @@ class Cache:
 
     def embedding(self, rows: Sequence[int]) -> torch.Tensor:
         """float16 (B, C, h, w): F of these images. Raises UserError naming an image whose F is not finite."""
-        entries = np.stack([self.file["embeddings"][int(row)] for row in rows])
-        for row, entry in zip(rows, entries):
-            if not np.isfinite(entry).all():
+        dataset = self.file["embeddings"]
+        entries = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
+        for index, row in enumerate(rows):
+            dataset.read_direct(entries, int(row), index)
+            # NaN and infinity are the float16 whose bits without the sign are 0x7C00 or more; isfinite takes 20 times longer
+            if (entries[index].view(np.uint16) & 0x7FFF).max() >= 0x7C00:
                 raise UserError(f"{self.path}: the embedding of {self._names[row]} holds NaN or infinite "
                                 "values: delete the file and run 01_cache_features.py again")
         return torch.from_numpy(entries)
