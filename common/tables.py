@@ -86,6 +86,7 @@ def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str) -> None:
         axis.errorbar(list(values), [100 * value for value, _ in values.values()],
                       [100 * (deviation or 0) for _, deviation in values.values()], marker=".", capsize=2, label=name)
     axis.set(xlabel=x_name, ylabel="mIoU (%)")
+    axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half a round
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     settings.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
