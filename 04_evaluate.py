@@ -24,7 +24,7 @@ from common.persam import PerSAM
 from common.pictures import save_strips, strip
 from common.report import gallery_item, write_report
 from common.sam import BatchedPrompter, full_masks, load_decoder
-from common.srm import build_srm, sample_at
+from common.srm import build_srm
 from common.tasks import get_task
 
 # what is evaluated
