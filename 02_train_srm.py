@@ -27,6 +27,8 @@ STEPS = 600  # optimiser steps
 SRM_BATCH = 8  # samples a step
 LEARNING_RATE = 1e-3  # Adam; stage 3 goes on at the paper's 1e-4
 ROUNDS = 15  # states have up to this many points beyond the start (T)
+EVERY_TEXT = False  # VOC: whether to learn from all classes labelled in the drawn images, not the drawn one alone (AlignSAM+)
+RESIDUAL = 0.0  # share of F that a state keeps where the mask is empty: 0 = the paper's F * M, 0.5 = AlignSAM+
 HELD_OUT = 100  # test samples on which accuracy is reported at the end; nothing is chosen by it
 
 # where it goes
@@ -82,7 +84,8 @@ def main() -> None:
     optimizer = torch.optim.Adam(srm.parameters(), LEARNING_RATE)
     path, log, step = run_dir / "srm.pt", [], 0
     chosen = {"task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "steps": STEPS, "srm_batch": SRM_BATCH,
-              "learning_rate": LEARNING_RATE, "rounds": ROUNDS, "features": features.identity()}
+              "learning_rate": LEARNING_RATE, "rounds": ROUNDS, "every_text": EVERY_TEXT, "residual": RESIDUAL,
+              "features": features.identity()}
     if path.exists():
         saved = checkpoint.load(path, settings.command("02_train_srm.py", globals()))
         checkpoint.require_same(path, saved["settings"], chosen)
@@ -94,12 +97,15 @@ def main() -> None:
     for step in tqdm(range(step + 1, STEPS + 1), "training the SRM", initial=step, total=STEPS):
         # a batch of samples, prompted into some state
         rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH]
-        episode = Episode(prompter, shots.embeddings[rows], shots.maps[rows], centres, shots.truth_centres[rows] != 255)
+        episode = Episode(prompter, shots.embeddings[rows], shots.maps[rows], centres, shots.truth_centres[rows] != 255,
+                          RESIDUAL)
         kind = float(torch.rand(1, generator=generator))
         reach_state(kind, episode, srm, [shots.labels[row] for row in rows], generator)
 
         # Eqs. 11 to 13: y_r from s_c and s_t, Dice + BCE against y on the grid
-        loss, _ = train_step(srm, optimizer, episode.semantic_state(), episode.state(), shots.truth[rows], generator)
+        maps, truth = shots.other_texts(rows, generator) if EVERY_TEXT else (shots.maps[rows], shots.truth[rows])
+        s_c = episode.embeddings * maps[:, None]
+        loss, _ = train_step(srm, optimizer, s_c, episode.state(), truth, generator)
         settings.require_finite({"the SRM's loss": loss}, f"in step {step} on " + ", ".join(
             features.name(shots.samples[row]) for row in rows))
 
@@ -119,7 +125,7 @@ def main() -> None:
     embeddings, maps = features.embeddings(held_out).float().to(device), features.maps(held_out).to(device)
     truth_centres = features.truth_centres(held_out).to(device)
     for kind, name in ((0.0, "before any mask"), (0.3, "test-time start and random points")):
-        episode = Episode(prompter, embeddings, maps, centres)
+        episode = Episode(prompter, embeddings, maps, centres, residual=RESIDUAL)
         reach_state(kind, episode, srm, [], torch.Generator().manual_seed(0))
         foreground, background = accuracy(srm, episode, truth_centres)
         print(f"held-out candidate points labelled right, {name}: foreground {foreground:.3f}, background {background:.3f} "

@@ -132,7 +132,7 @@ def main() -> None:
     checkpoint.require_finished(path, trained, maker)
     checkpoint.require_same(path, trained["settings"], {"task": TASK, "features": features.identity()})
     settings.lock(run_dir)
-    channels = json.loads(features.attrs["embedding"])[0]
+    channels, residual = json.loads(features.attrs["embedding"])[0], trained["settings"]["residual"]
     actor, srm = Actor(channels).to(device).eval(), build_srm(trained["settings"]["branch"], channels).to(device).eval()
     actor.load_state_dict(trained["actor"])
     srm.load_state_dict(trained["srm"])
@@ -140,7 +140,7 @@ def main() -> None:
 
     def align(embeddings: torch.Tensor, maps: torch.Tensor) -> Episode:
         """AlignSAM on embeddings (B, C, h, w) and maps (B, h, w) of images without ground truth."""
-        episode = Episode(prompter, embeddings.float().to(device), maps.to(device), centres)
+        episode = Episode(prompter, embeddings.float().to(device), maps.to(device), centres, residual=residual)
         prompt("AlignSAM", episode, actor, srm, range(len(maps)), [], torch.empty(0))
         return episode
 
@@ -176,7 +176,7 @@ def main() -> None:
             numbers = range(start, start + len(batch))
             truths, at_centres = [features.labels(sample) for sample in batch], truth_centres[start:start + len(batch)]
             embeddings = features.embeddings(batch).float().to(device)
-            episode = Episode(prompter, embeddings, features.maps(batch).to(device), centres)
+            episode = Episode(prompter, embeddings, features.maps(batch).to(device), centres, residual=residual)
             if rounds != "none":
                 logits, actions = prompt(row, episode, actor, srm, numbers, truths, at_centres)
                 on_target += int((at_centres.gather(1, actions) == 1).sum())

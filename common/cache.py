@@ -227,8 +227,16 @@ class TrainingSet:
     embeddings: torch.Tensor  # F, float32 (S, C, h, w)
     maps: torch.Tensor  # M_c, float32 (S, h, w)
     truth: torch.Tensor  # y on the grid, float32 (S, h, w), see `truth_on_grid`
+    every_map: torch.Tensor  # M_c of all K texts, float32 (S, K, h, w)
+    every_truth: torch.Tensor  # y of all K texts, float32 (S, K, h, w)
+    present: torch.Tensor  # which of the texts the image holds, bool (S, K), on the CPU
     truth_centres: torch.Tensor  # y at the patch centres, uint8 (S, P)
     labels: list[np.ndarray]  # y, S uint8 (H, W)
+
+    def other_texts(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each of the rows (B,) one of the texts its image holds, drawn at random: M_c and y on the grid, (B, h, w)."""
+        texts = torch.multinomial(self.present[rows.cpu()].float(), 1, generator=generator)[:, 0].to(rows.device)
+        return self.every_map[rows, texts], self.every_truth[rows, texts]
 
 
 class Cache:
@@ -285,8 +293,12 @@ class Cache:
         fewest = int((centres != 255).sum(1).min())
         if rounds > fewest:
             raise UserError(f"ROUNDS={rounds} is more than the {fewest} patches of one training sample: set it lower")
+        texts = range(len(self.texts))
+        every = [np.column_stack([samples[:, 0], np.full(len(samples), text)]) for text in texts]
         return TrainingSet(samples, self.embeddings(samples).float().to(device), self.maps(samples).to(device),
-                           self.truth_grid(samples).to(device), centres.to(device),
+                           self.truth_grid(samples).to(device), torch.stack([self.maps(pairs) for pairs in every], 1).to(device),
+                           torch.stack([self.truth_grid(pairs) for pairs in every], 1).to(device),
+                           torch.from_numpy(self.file["present"][:][samples[:, 0]] == 1), centres.to(device),
                            [self.labels(sample) for sample in samples])
 
     def embedding(self, rows: Sequence[int]) -> torch.Tensor:

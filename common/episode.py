@@ -20,13 +20,14 @@ class Episode:
     embeddings (B, C, h, w) float = F; maps (B, h, w) float = M_c, the task's text on the grid. No mask exists yet:
     M = 1 everywhere, and no point. `mask` (B, h, w) is the current M on the grid, `logits` (B, 4h, 4w) SAM's answer and
     `predicted_iou` (B,) its opinion of it, `points` (B, n, 2) and `labels` (B, n) P_t,
-    `allowed` (B, A) bool the patches that may still be chosen.
+    `allowed` (B, A) bool the patches that may still be chosen. residual: the share of F that a state keeps where the mask
+    is empty; 0 is the paper's Eq. 4.
     """
 
     def __init__(self, prompter: BatchedPrompter, embeddings: Tensor, maps: Tensor, centres: Tensor,
-                 allowed: Tensor | None = None) -> None:
+                 allowed: Tensor | None = None, residual: float = 0.0) -> None:
         self.prompter, self.embeddings, self.maps, self.centres = prompter, embeddings, maps, centres
-        self.frame = prompter.frame
+        self.frame, self.residual = prompter.frame, residual
         self.mask = torch.ones_like(maps)
         self.points = embeddings.new_zeros(len(embeddings), 0, 2)
         self.labels = torch.zeros(len(embeddings), 0, dtype=torch.long, device=embeddings.device)
@@ -37,7 +38,7 @@ class Episode:
 
     def state(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """s_t = F * M_{t-1} (Eq. 4), (B, C, h, w), of all images or some. Made when asked for, never kept."""
-        return self.embeddings[rows] * self.mask[rows, None]
+        return spatial_state(self.embeddings[rows], self.mask[rows], self.residual)
 
     def semantic_state(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """s_c = F * M_c (Eq. 11), (B, C, h, w), of all images or some."""
@@ -76,6 +77,11 @@ class Episode:
         cells = torch.stack([y_r.flatten(1).argmax(1), y_r.flatten(1).argmin(1)], 1)
         points = torch.stack([(cells % width + 0.5) / width, (cells // width + 0.5) / height], 2) * self.frame
         self.prompt(points, torch.tensor([1, 0], device=y_r.device).expand(len(y_r), 2))
+
+
+def spatial_state(embeddings: Tensor, mask: Tensor, residual: float) -> Tensor:
+    """s_t = F * M of embeddings (B, C, h, w) and masks (B, h, w); with a residual r, F * (r + (1 - r) M)."""
+    return embeddings * (residual + (1 - residual) * mask)[:, None]
 
 
 def random_pixels(labels: list, generator: torch.Generator, frame: int) -> Tensor:

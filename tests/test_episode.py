@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.episode import Episode, patch_centres, random_pixels
+from common.episode import Episode, patch_centres, random_pixels, spatial_state
 
 
 class Recorder:
@@ -41,6 +41,12 @@ def test_a_step_prompts_with_all_points_so_far_and_updates_the_state(episode):
     assert episode.prompter.points[:, 2].tolist() == [[40, 40], [600, 40], [280, 200]]
     assert episode.prompter.labels.tolist() == [[1, 0, 1], [1, 0, 0], [1, 0, 1]]
     assert torch.allclose(episode.state(), episode.embeddings * torch.tensor(3.0).sigmoid())
+
+
+def test_a_residual_state_keeps_its_share_of_the_embedding_where_the_mask_is_empty():
+    embeddings, mask = torch.randn(1, 4, 1, 2), torch.tensor([[[0.0, 1.0]]])
+    kept = spatial_state(embeddings, mask, 0.25) / embeddings
+    assert torch.allclose(kept, torch.tensor([0.25, 1.0]).expand(1, 4, 1, 2))
 
 
 def test_a_patch_is_not_chosen_twice(episode):
