@@ -127,7 +127,8 @@ def prompt(sam: Sam, folder: Path) -> Workload:
     rounds = range(3, 3 + _ROUNDS)  # points after each
 
     def ours() -> tuple[Tensor, int]:
-        return torch.stack([prompter.decode(embeddings, points[:, :n], labels[:, :n])[0] for n in rounds]), 0
+        prepared = prompter.prepare(embeddings)
+        return torch.stack([prompter.decode(prepared, points[:, :n], labels[:, :n])[0] for n in rounds]), 0
 
     def reference() -> tuple[Tensor, int]:
         return torch.stack([torch.cat([predict_one(predictor, embeddings[i:i + 1], points[i, :n], labels[i, :n])

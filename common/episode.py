@@ -34,7 +34,7 @@ class Episode:
         self.allowed = torch.ones(len(embeddings), len(centres), dtype=torch.bool, device=embeddings.device)
         if allowed is not None:
             self.allowed &= allowed
-        self.logits = self.predicted_iou = None
+        self.prepared = self.logits = self.predicted_iou = None
 
     def state(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """s_t = F * M_{t-1} (Eq. 4), (B, C, h, w), of all images or some. Made when asked for, never kept."""
@@ -62,7 +62,9 @@ class Episode:
         """Adds points (B, n, 2) with labels (B, n) and asks SAM with all points so far: M_t = D_M(F, P_t)."""
         self.points = torch.cat([self.points, points.to(self.points)], 1)
         self.labels = torch.cat([self.labels, labels.to(self.labels)], 1)
-        self.logits, self.predicted_iou = self.prompter.decode(self.embeddings, self.points, self.labels)
+        if self.prepared is None:
+            self.prepared = self.prompter.prepare(self.embeddings)
+        self.logits, self.predicted_iou = self.prompter.decode(self.prepared, self.points, self.labels)
         self.mask = probability_grid(self.logits, self.mask.shape[1:])
 
     def step(self, actions: Tensor, labels: Tensor) -> None:

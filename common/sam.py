@@ -19,6 +19,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from tqdm import tqdm
 
+from common.decoder import ImageSide, SingleMaskDecoder
 from common.errors import UserError
 
 META = "https://dl.fbaipublicfiles.com/segment_anything"
@@ -234,47 +235,33 @@ class BatchedPrompter:
         """frame: side in pixels of the square that points lie in. max_batch: images decoded at a time."""
         self.sam, self.frame = sam, frame
         self.scale = sam.image_encoder.img_size / frame  # as ResizeLongestSide.apply_coords on a square
-        self.max_batch = max_batch or (64 if sam.device.type == "cuda" else 16)
-        self.image_pe = sam.prompt_encoder.get_dense_pe()
+        height, width = sam.prompt_encoder.image_embedding_size
+        fitting = 64 if sam.device.type == "cuda" else max(1, 16 * 24 * 24 // (height * width))  # in a CPU's caches
+        self.max_batch = max_batch or fitting
+        self.decoder = SingleMaskDecoder(sam)
+
+    def prepare(self, embeddings: torch.Tensor) -> list[ImageSide]:
+        """What `decode` needs of embeddings (B, C, h, w) of any float type on any device, to be made once.
+
+        Three to four times their float32 size, on SAM's device.
+        """
+        return [self.decoder.prepare(chunk.to(self.sam.device).float()) for chunk in embeddings.split(self.max_batch)]
 
     @torch.no_grad()  # not inference_mode: the states made from these masks go through autograd
-    def decode(self, embeddings: torch.Tensor, points: torch.Tensor,
-               labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, prepared: list[ImageSide], points: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Low-resolution mask logits float32 (B, 4h, 4w) and predicted IoU float32 (B,), on SAM's device.
 
-        embeddings: (B, C, h, w), any float type. points: (B, N, 2) as (x, y) in pixels of the frame.
+        prepared: `prepare` of the B images. points: (B, N, 2) as (x, y) in pixels of the frame.
         labels: (B, N), 1 foreground, 0 background, -1 SAM's "not a point" (a token of its own, not nothing).
-        All three may lie on any device; they are moved a chunk at a time.
+        Points and labels may lie on any device.
         """
-        chunks = zip(*(tensor.split(self.max_batch) for tensor in (embeddings, points, labels)))
-        logits, iou = zip(*(self._decode_chunk(*chunk) for chunk in chunks))
+        device, answers = self.sam.device, []
+        for image, xy, label in zip(prepared, points.split(self.max_batch), labels.split(self.max_batch), strict=True):
+            prompt = (xy.to(device).float() * self.scale, label.to(device))
+            sparse, _ = self.sam.prompt_encoder(prompt, boxes=None, masks=None)
+            answers.append(self.decoder.decode(image, sparse))
+        logits, iou = zip(*answers)
         return torch.cat(logits), torch.cat(iou)
-
-    def _decode_chunk(self, embeddings: torch.Tensor, points: torch.Tensor,
-                      labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The single mask, of token 0, and its predicted IoU."""
-        decoder, device = self.sam.mask_decoder, self.sam.device
-        embeddings, points = embeddings.to(device).float(), points.to(device).float() * self.scale
-        prompts = self.sam.prompt_encoder((points, labels.to(device)), boxes=None, masks=None)
-        hs, upscaled = run_decoder(self.sam, embeddings, *prompts, self.image_pe)
-        hyper_in = decoder.output_hypernetworks_mlps[0](hs[:, 1])
-        logits = torch.einsum("bc,bchw->bhw", hyper_in, upscaled)
-        return logits, decoder.iou_prediction_head(hs[:, 0])[:, 0]
-
-
-def run_decoder(sam: Sam, embeddings: torch.Tensor, sparse: torch.Tensor, dense: torch.Tensor,
-                image_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """MaskDecoder.predict_masks without its repeat_interleave, up to the point where masks are chosen.
-
-    embeddings (B, C, h, w); sparse (B, N, C) and dense (B, C, h, w), the prompt encoder's; image_pe (1, C, h, w).
-    Returns the output tokens (B, 5 + N, C), of which 0 is the IoU's and 1 to 4 the masks', and the upscaled image
-    (B, C / 8, 4h, 4w).
-    """
-    decoder = sam.mask_decoder
-    output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-    tokens = torch.cat([output_tokens.expand(len(embeddings), -1, -1), sparse], dim=1)
-    hs, src = decoder.transformer(embeddings + dense, image_pe.expand_as(dense), tokens)
-    return hs, decoder.output_upscaling(src.transpose(1, 2).reshape(embeddings.shape))
 
 
 def probability_grid(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

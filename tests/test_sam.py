@@ -132,7 +132,9 @@ def test_a_batch_of_different_images_decodes_as_the_predictor_decodes_each(name,
     points = 800 * torch.rand((3, points_per_image, 2), generator=generator)
     labels = torch.randint(-1, 2, (3, points_per_image), generator=generator)
 
-    logits, iou = BatchedPrompter(sam, max_batch=2).decode(embeddings, points, labels)
+    prompter = BatchedPrompter(sam, max_batch=2)
+    prepared = prompter.prepare(embeddings)
+    logits, iou = prompter.decode(prepared, points, labels)
 
     assert logits.shape == (3, 4 * grid[0], 4 * grid[1]) and logits.dtype == torch.float32
     for i in range(3):
@@ -141,9 +143,21 @@ def test_a_batch_of_different_images_decodes_as_the_predictor_decodes_each(name,
         assert_close(iou[i], expected_iou, atol=1e-4, rtol=1e-4)
 
 
+def test_one_preparation_serves_every_round(tiny):
+    prompter = BatchedPrompter(tiny, max_batch=2)
+    embeddings, points = torch.randn(3, 16, 16, 16), 800 * torch.rand(3, 4, 2)
+    labels = torch.tensor([[1, 0, 1, 0]]).expand(3, 4)
+    prepared = prompter.prepare(embeddings)
+    for count in (4, 1, 2):
+        once = prompter.decode(prepared, points[:, :count], labels[:, :count])
+        afresh = prompter.decode(prompter.prepare(embeddings), points[:, :count], labels[:, :count])
+        assert torch.equal(once[0], afresh[0]) and torch.equal(once[1], afresh[1])
+
+
 def test_a_decoded_mask_can_enter_a_trained_network(tiny):
-    logits, _ = BatchedPrompter(tiny).decode(torch.randn(1, 16, 16, 16), torch.full((1, 1, 2), 400.0),
-                                             torch.ones(1, 1, dtype=torch.int64))
+    prompter = BatchedPrompter(tiny)
+    logits, _ = prompter.decode(prompter.prepare(torch.randn(1, 16, 16, 16)), torch.full((1, 1, 2), 400.0),
+                                torch.ones(1, 1, dtype=torch.int64))
     weight = torch.zeros((), requires_grad=True)
     (weight * logits).sum().backward()
     assert_close(weight.grad, logits.sum())

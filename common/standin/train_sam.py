@@ -21,7 +21,6 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.sam import run_decoder
 from common.standin.model import IMAGE_SIZE, STRIDE, WEIGHTS, WIDTH, new_sam
 from common.standin.scenes import SURFACES
 from common.standin.store import load_scenes
@@ -39,12 +38,18 @@ LOW = IMAGE_SIZE // 2  # side of the decoder's low-resolution masks, at which ta
 
 def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor, boxes: Tensor | None = None,
            masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """All four masks (B, 4, 96, 96) and predicted IoUs (B, 4) for B different images, with gradients."""
+    """All four masks (B, 4, 96, 96) and predicted IoUs (B, 4) for B different images, with gradients.
+
+    MaskDecoder.predict_masks without its repeat_interleave, which is for one image with many prompts.
+    """
     decoder = sam.mask_decoder
     sparse, dense = sam.prompt_encoder((points, labels), boxes, masks)
-    tokens, fine = run_decoder(sam, embeddings, sparse, dense, sam.prompt_encoder.get_dense_pe())
-    weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
-    return torch.einsum("bkc,bchw->bkhw", weights, fine), decoder.iou_prediction_head(tokens[:, 0])
+    output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([output_tokens.expand(len(embeddings), -1, -1), sparse], dim=1)
+    hs, src = decoder.transformer(embeddings + dense, sam.prompt_encoder.get_dense_pe().expand_as(dense), tokens)
+    fine = decoder.output_upscaling(src.transpose(1, 2).reshape(embeddings.shape))
+    weights = torch.stack([mlp(hs[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
+    return torch.einsum("bkc,bchw->bkhw", weights, fine), decoder.iou_prediction_head(hs[:, 0])
 
 
 def draw_target(maps: np.ndarray, things: list[dict], rng: np.random.Generator) -> np.ndarray:
