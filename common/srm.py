@@ -13,23 +13,20 @@ from common.layers import ChannelNorm
 
 WIDTH = 64  # channels inside either branch: 50 images cannot train more
 HEADS = 4  # of the explicit branch's self-attention
+CHANNEL_DROP = 0.4  # share of F's channels hidden from a sample in training: 50 images are soon learnt by heart
 
 
-def conv_block(before: int, over_image: bool) -> nn.Sequential:
-    """(B, before, h, w) to (B, WIDTH, h, w). Normalised over the whole image, what is large beside the other places stays
-    large, and so tells what M is there; normalised place by place, places stay visible where M, and so F * M, is small."""
-    norm = nn.GroupNorm(1, WIDTH) if over_image else ChannelNorm(WIDTH)
-    return nn.Sequential(nn.Conv2d(before, WIDTH, 3, padding=1), norm, nn.GELU())
+def conv_block(before: int, after: int) -> nn.Sequential:
+    """(B, before, h, w) to (B, after, h, w). The norm keeps places visible where M, and so F * M, is small."""
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), ChannelNorm(after), nn.GELU())
 
 
 class ImplicitSRM(nn.Module):
     """y_r = head(two convolution blocks(s_t)); for targets that no text names well (blur, mirrors, saliency)."""
 
-    channel_drop = 0.0  # see `train_step`: with F alone to go by, hiding parts of it costs more than it saves
-
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.branch = nn.Sequential(conv_block(channels, over_image=True), conv_block(WIDTH, over_image=False))
+        self.branch = nn.Sequential(conv_block(channels, WIDTH), conv_block(WIDTH, WIDTH))
         self.head = nn.Conv2d(WIDTH, 1, 1)
 
     def forward(self, s_c: Tensor, s_t: Tensor) -> Tensor:
@@ -40,15 +37,13 @@ class ImplicitSRM(nn.Module):
 class ExplicitSRM(nn.Module):
     """Three convolutions join s_c and s_t, one self-attention layer relates places, two convolutions decode."""
 
-    channel_drop = 0.7  # see `train_step`: F alone is soon learnt by heart, and then nobody reads the text's map
-
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.join = nn.Sequential(*(conv_block(before, over_image=True) for before in (2 * channels, WIDTH, WIDTH)))
+        self.join = nn.Sequential(conv_block(2 * channels, WIDTH), conv_block(WIDTH, WIDTH), conv_block(WIDTH, WIDTH))
         self.norm = nn.LayerNorm(WIDTH)
         self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
         self.attended = nn.Linear(WIDTH, WIDTH)
-        self.decode = conv_block(WIDTH, over_image=False)
+        self.decode = conv_block(WIDTH, WIDTH)
         self.head = nn.Conv2d(WIDTH, 1, 3, padding=1)
 
     def forward(self, s_c: Tensor, s_t: Tensor) -> Tensor:
@@ -85,18 +80,16 @@ def srm_loss(logits: Tensor, truth: Tensor) -> Tensor:
     return (dice + entropy).mean()
 
 
-def train_step(srm: ImplicitSRM | ExplicitSRM, optimizer: torch.optim.Optimizer, s_c: Tensor, s_t: Tensor, truth: Tensor,
+def train_step(srm: nn.Module, optimizer: torch.optim.Optimizer, s_c: Tensor, s_t: Tensor, truth: Tensor,
                generator: torch.Generator) -> tuple[float, float]:
     """One optimiser step of Eq. 13; returns the loss and the share of cells answered right.
 
-    s_c, s_t (B, C, h, w), truth (B, h, w) as in `srm_loss`. The paper is silent on augmentation; without any the explicit
-    branch answers its 50 images right and others badly, so each step hides that share of F's channels, `channel_drop`.
-    (Flipped embeddings would be no augmentation: the encoder's features know direction and place, and no flipped image
-    has a flipped embedding.) `generator`, on the CPU whatever the device, makes a resumed run draw what an undisturbed
-    one draws.
+    s_c, s_t (B, C, h, w), truth (B, h, w) as in `srm_loss`. The paper is silent on augmentation; without any the SRM
+    answers its 50 images right and others badly, so each step hides some of F's channels. (Flipped embeddings would be
+    no augmentation: the encoder's features know direction and place, and no flipped image has a flipped embedding.)
+    `generator`, on the CPU whatever the device, makes a resumed run draw what an undisturbed one draws.
     """
-    kept = (torch.rand(s_t.shape[:2], generator=generator) >= srm.channel_drop).to(s_t)[:, :, None, None]
-    kept = kept / (1 - srm.channel_drop)
+    kept = (torch.rand(s_t.shape[:2], generator=generator) >= CHANNEL_DROP).to(s_t)[:, :, None, None] / (1 - CHANNEL_DROP)
     logits = srm(s_c * kept, s_t * kept)
     loss = srm_loss(logits, truth)
     optimizer.zero_grad()
