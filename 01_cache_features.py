@@ -9,7 +9,9 @@ command goes on where it stopped.
 import importlib.metadata
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import cache, checkpoint, datasets, settings
+from common.batches import in_batches
 from common.clip_surgery import ClipSurgery, load_clip
 from common.datasets import draw_shots, image_size, list_samples, load_image, load_labels
 from common.sam import SamEmbedder, load_sam, sam_fingerprint, squash
@@ -39,7 +42,7 @@ IMAGE_SIZE = 800  # every picture is squashed to this square; points live in it 
 PATCH_SIZE = 80  # the agent's actions are the centres of patches of this size: 10 x 10 of them (Eq. 3)
 
 # how it is computed
-BATCH_SIZE = 8  # images at a time through SAM and CLIP
+BATCH_SIZE = 8  # images at a time through SAM and CLIP; halves itself where memory runs out
 WORKERS = 4  # threads that decode images ahead of the models
 PRECISION = "auto"  # of SAM's encoder: bf16 where the hardware has it, else fp32; or either by name
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
@@ -104,18 +107,27 @@ def main() -> None:
                 load_labels(sample, task, image.shape[:2]),
                 np.asarray(Image.fromarray(image).resize((cache.PICTURE, cache.PICTURE), Image.BILINEAR)))
 
+    def read_ahead(rows: list[int], pool: ThreadPoolExecutor) -> Iterator[tuple]:
+        """What `read` returns of these rows, in their order, decoded by the pool while the models compute."""
+        waiting = iter(rows)
+        ahead = deque(pool.submit(read, row) for row in islice(waiting, 2 * BATCH_SIZE))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(read, row) for row in islice(waiting, 1))
+
+    def embed(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
+        """F (B, C, h, w) and M_c (B, K, h, w), resized to h x w, of a batch of what `read` returns."""
+        _, for_sam, for_clip, _, _ = zip(*batch)
+        embeddings = embedder.embed(np.stack(for_sam))
+        maps = surgery.maps(torch.from_numpy(np.stack(for_clip)).permute(0, 3, 1, 2))
+        return embeddings, F.interpolate(maps, grid, mode="bilinear")
+
+    mend = "choose a smaller SAM (SAM=vit_b is the smallest of Meta's), PRECISION=bf16 or DEVICE=cpu"
     with cache.CacheWriter.open_or_create(path, layout, provenance) as writer, ThreadPoolExecutor(WORKERS) as pool:
         missing = writer.missing()
-        ahead: deque = deque(pool.submit(read, row) for row in missing[:2 * BATCH_SIZE])
-        waiting = iter(missing[2 * BATCH_SIZE:])
         with tqdm(desc=f"embedding {TASK}", total=len(images), initial=len(images) - len(missing)) as bar:
-            while ahead:
-                batch = [ahead.popleft().result() for _ in range(min(BATCH_SIZE, len(ahead)))]
-                ahead.extend(pool.submit(read, row) for _, row in zip(batch, waiting))
-                rows, for_sam, for_clip, labels, pictures = zip(*batch)
-                embeddings = embedder.embed(np.stack(for_sam))
-                maps = surgery.maps(torch.from_numpy(np.stack(for_clip)).permute(0, 3, 1, 2))
-                maps = F.interpolate(maps, grid, mode="bilinear")  # M_c, resized to h x w
+            for batch, (embeddings, maps) in in_batches(read_ahead(missing, pool), BATCH_SIZE, embed, mend):
+                rows, _, _, labels, pictures = zip(*batch)
                 for entry in zip(rows, embeddings, maps, labels, pictures):
                     writer.write(*entry)
                 bar.update(len(batch))

@@ -8,6 +8,8 @@ the same SRM, so each changes one thing.
 """
 
 import json
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from tqdm import tqdm
 from common import checkpoint, own_images, settings
 from common.agent import Actor, policy
 from common.baselines import best_threshold, next_clicks, prompt_with_map, srm_alone
+from common.batches import in_batches
 from common.cache import Cache
 from common.episode import Episode, patch_centres
 from common.metrics import average, average_iou, evaluate_mask, overlap
@@ -39,7 +42,7 @@ IMAGES = ""  # a folder of images without ground truth, embedded on the fly; emp
 CLASSES = ("all",)  # which of the run's texts to look for in them
 
 # how
-BATCH_SIZE = 32  # test samples prompted side by side
+BATCH_SIZE = 32  # test samples prompted side by side; halves itself where memory runs out
 PICTURES = 8  # test samples drawn as strips, spread over the test set
 GALLERY = 200  # test samples in report.html, spread over the test set; 0 = no report
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
@@ -73,8 +76,8 @@ def gumbel_noise(sample: int, rounds: int, actions: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prompt(row: str, episode: Episode, actor: Actor, srm: torch.nn.Module, numbers: range, truths: list[np.ndarray],
-           truth_centres: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+def prompt(row: str, episode: Episode, actor: Actor, srm: torch.nn.Module, numbers: Sequence[int],
+           truths: list[np.ndarray], truth_centres: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """One row's prompting of a batch: SAM's logits (B, 4h, 4w) after each round, M_0 first, and the actions (B, T).
 
     numbers: the samples' places in the test set. truths and truth_centres are for the rows with an oracle only.
@@ -167,31 +170,39 @@ def main() -> None:
     threshold = (best_threshold(features.maps(shots), [features.labels(shot) for shot in shots])
                  if "CLIP Surgery alone" in rows else None)
 
-    for row in rows:
+    def segment(row: str, numbers: list[int]) -> tuple[list[np.ndarray], list[torch.Tensor], torch.Tensor, Episode]:
+        """One row's answer to a batch of samples, by their numbers in the test set.
+
+        Returns their truths (H, W), logits (B, 4h, 4w) after each round that the row has, M_0 first, the actions (B, T),
+        and the episode as it ended.
+        """
+        batch, at_centres = samples[numbers], truth_centres[numbers]
         place, _, rounds = _ROWS[row]
+        truths = [features.labels(sample) for sample in batch]
+        embeddings = features.embeddings(batch).float().to(device)
+        episode = Episode(prompter, embeddings, features.maps(batch).to(device), centres)
+        actions = torch.empty(len(batch), 0, dtype=torch.long)
+        if rounds != "none":
+            logits, actions = prompt(row, episode, actor, srm, numbers, truths, at_centres)
+        elif place == "PerSAM":
+            masks = [persam.segment(one, references[text])[0] for one, (_, text) in zip(embeddings, batch)]
+            logits = [torch.stack(masks)]
+        elif place == "SRM":
+            logits = [srm_alone(episode, srm)]
+        elif place == "map":
+            logits = [episode.maps - threshold]
+        else:
+            prompt_with_map(episode, ROUNDS // 2 + 1)  # as many points as AlignSAM has, or one more
+            logits = [episode.logits]
+        return truths, logits, actions, episode
+
+    for row in rows:
         last, ious = [], []  # metrics of the last mask, and IoU after each round, one per sample
         on_target = chosen = 0
-        for start in tqdm(range(0, len(samples), BATCH_SIZE), row):
-            batch = samples[start:start + BATCH_SIZE]
-            numbers = range(start, start + len(batch))
-            truths, at_centres = [features.labels(sample) for sample in batch], truth_centres[start:start + len(batch)]
-            embeddings = features.embeddings(batch).float().to(device)
-            episode = Episode(prompter, embeddings, features.maps(batch).to(device), centres)
-            if rounds != "none":
-                logits, actions = prompt(row, episode, actor, srm, numbers, truths, at_centres)
-                on_target += int((at_centres.gather(1, actions) == 1).sum())
-                chosen += actions.numel()
-            elif place == "PerSAM":
-                masks = [persam.segment(one, references[text])[0] for one, (_, text) in zip(embeddings, batch)]
-                logits = [torch.stack(masks)]
-            elif place == "SRM":
-                logits = [srm_alone(episode, srm)]
-            elif place == "map":
-                logits = [episode.maps - threshold]
-            else:
-                prompt_with_map(episode, ROUNDS // 2 + 1)  # as many points as AlignSAM has, or one more
-                logits = [episode.logits]
-
+        batches = in_batches(tqdm(range(len(samples)), row), BATCH_SIZE, partial(segment, row), "set DEVICE=cpu")
+        for numbers, (truths, logits, actions, episode) in batches:
+            on_target += int((truth_centres[numbers].gather(1, actions) == 1).sum())
+            chosen += actions.numel()
             for index, (number, truth) in enumerate(zip(numbers, truths)):  # masks at the image's own size
                 masks = [full_masks(after[index], truth.shape).cpu().numpy() for after in logits]
                 last.append(evaluate_mask(masks[-1], truth))
@@ -200,8 +211,8 @@ def main() -> None:
                     finals[number][row] = masks[-1]
                 if row == "AlignSAM" and number in drawn | shown:
                     points, labels = episode.points[index].cpu().numpy(), episode.labels[index].cpu().numpy()
-                    name, target = features.name(batch[index]), features.texts[batch[index][1]]
-                    picture = features.picture(batch[index])
+                    name, target = features.name(samples[number]), features.texts[samples[number][1]]
+                    picture = features.picture(samples[number])
                     if number in drawn:
                         some = {f"round {after}": after for after in _STRIP_ROUNDS if after < len(masks)}
                         sequences[number] = strip(
