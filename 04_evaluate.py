@@ -2,6 +2,7 @@
 
     python 04_evaluate.py [NAME=value ...]              NAME is any constant below; `help` lists them
     python 04_evaluate.py IMAGES=some_folder            masks for images of your own, without ground truth
+    torchrun --nproc_per_node=4 04_evaluate.py …        four processes share the test set, to the same figures
 
 There is no ground truth at the start: P_0 is the SRM's highest and lowest place. All rows come from the same agent and
 the same SRM, so each changes one thing.
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, own_images, settings
+from common import checkpoint, distributed, own_images, settings
 from common.agent import Actor, policy
 from common.baselines import best_threshold, next_clicks, prompt_with_map, srm_alone
 from common.batches import in_batches
@@ -121,7 +122,9 @@ def main() -> None:
     rows = list(_ROWS) if ROWS == ("all",) else list(dict.fromkeys(ROWS))
     if unknown := [row for row in rows if row not in _ROWS]:
         raise settings.UserError(f"ROWS names {unknown[0]!r}, which is none of: all, {', '.join(_ROWS)}")
-    device = settings.device(DEVICE)
+    if IMAGES and distributed.SIZE > 1:
+        raise settings.UserError("IMAGES are segmented in one process: start it with python, not with torchrun")
+    device = distributed.own(settings.device(DEVICE))
     run_dir = settings.run_dir(RUN_DIR, TASK)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
@@ -139,7 +142,8 @@ def main() -> None:
     actor, srm = Actor(channels).to(device).eval(), build_srm(trained["settings"]["branch"], channels).to(device).eval()
     actor.load_state_dict(trained["actor"])
     srm.load_state_dict(trained["srm"])
-    prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
+    with distributed.rank_0_first():  # weights that are not there yet are downloaded once
+        prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
 
     def align(embeddings: torch.Tensor, maps: torch.Tensor) -> Episode:
         """AlignSAM on embeddings (B, C, h, w) and maps (B, h, w) of images without ground truth."""
@@ -156,8 +160,11 @@ def main() -> None:
     classes = [features.texts[text] for _, text in samples] if len(features.texts) > 1 else None
     drawn, shown = (set(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int))
                     for count in (PICTURES, GALLERY))
+    # whole batches are dealt to the processes of torchrun, so that each batch is computed as in a single process
+    mine = [number for start in distributed.share(range(0, len(samples), BATCH_SIZE))
+            for number in range(start, min(start + BATCH_SIZE, len(samples)))]
     results, iou_per_round, gallery = {}, {}, []
-    sequences, finals = {}, {number: {} for number in sorted(drawn)}  # strips of rounds, and each row's last mask
+    sequences, finals = [], {number: {} for number in mine if number in drawn}  # strips of rounds, each row's last mask
 
     # what the rows without rounds learn from the training samples
     shots = features.samples("train")[:trained["settings"]["shots"] or None]
@@ -173,8 +180,8 @@ def main() -> None:
     def segment(row: str, numbers: list[int]) -> tuple[list[np.ndarray], list[torch.Tensor], torch.Tensor, Episode]:
         """One row's answer to a batch of samples, by their numbers in the test set.
 
-        Returns their truths (H, W), logits (B, 4h, 4w) after each round that the row has, M_0 first, the actions (B, T),
-        and the episode as it ended.
+        Returns their truths (H, W), logits (B, 4h, 4w) after each round that the row has, M_0 first, the actions
+        (B, T), and the episode as it ended.
         """
         batch, at_centres = samples[numbers], truth_centres[numbers]
         place, _, rounds = _ROWS[row]
@@ -197,16 +204,15 @@ def main() -> None:
         return truths, logits, actions, episode
 
     for row in rows:
-        last, ious = [], []  # metrics of the last mask, and IoU after each round, one per sample
-        on_target = chosen = 0
-        batches = in_batches(tqdm(range(len(samples)), row), BATCH_SIZE, partial(segment, row), "set DEVICE=cpu")
+        found = []  # number, metrics of the last mask, IoU after each round, points chosen, those on the target
+        bar = tqdm(mine, row, disable=distributed.RANK > 0)
+        batches = in_batches(bar, BATCH_SIZE, partial(segment, row), mend="set DEVICE=cpu")
         for numbers, (truths, logits, actions, episode) in batches:
-            on_target += int((truth_centres[numbers].gather(1, actions) == 1).sum())
-            chosen += actions.numel()
+            right = (truth_centres[numbers].gather(1, actions) == 1).sum(1).tolist()
             for index, (number, truth) in enumerate(zip(numbers, truths)):  # masks at the image's own size
                 masks = [full_masks(after[index], truth.shape).cpu().numpy() for after in logits]
-                last.append(evaluate_mask(masks[-1], truth))
-                ious.append([overlap(mask, truth) for mask in masks])
+                ious = [overlap(mask, truth) for mask in masks]
+                found.append((number, evaluate_mask(masks[-1], truth), ious, actions.shape[1], right[index]))
                 if number in drawn:
                     finals[number][row] = masks[-1]
                 if row == "AlignSAM" and number in drawn | shown:
@@ -215,14 +221,20 @@ def main() -> None:
                     picture = features.picture(samples[number])
                     if number in drawn:
                         some = {f"round {after}": after for after in _STRIP_ROUNDS if after < len(masks)}
-                        sequences[number] = strip(
-                            name, target, picture, truth, {caption: masks[after] for caption, after in some.items()},
-                            {caption: (points[:2 + after], labels[:2 + after]) for caption, after in some.items()}, frame)
+                        growing = {caption: masks[after] for caption, after in some.items()}
+                        marked = {caption: (points[:2 + after], labels[:2 + after]) for caption, after in some.items()}
+                        sequences.append((number, strip(name, target, picture, truth, growing, marked, frame)))
                     if number in shown:
-                        gallery.append(gallery_item(name, target if classes else None, picture, truth, masks, ious[-1],
-                                                    points, labels, frame))
-        results[row] = average(last, classes) | ({"FR": on_target / chosen} if chosen else {})
-        iou_per_round[row] = [average_iou(list(after), classes) for after in zip(*ious)]
+                        item = gallery_item(name, target if classes else None, picture, truth, masks, ious, points,
+                                            labels, frame)
+                        gallery.append((number, item))
+        if found := distributed.gather(found):  # on rank 0
+            _, last, ious, chosen, on_target = zip(*found)
+            results[row] = average(last, classes) | ({"FR": sum(on_target) / sum(chosen)} if any(chosen) else {})
+            iou_per_round[row] = [average_iou(list(after), classes) for after in zip(*ious)]
+    sequences, finals, gallery = map(distributed.gather, (sequences, list(finals.items()), gallery))
+    if distributed.RANK > 0:
+        return
 
     # Table 9's bound: small targets have few centres that could be chosen
     attainable = ((truth_centres == 1).sum(1).clamp(max=ROUNDS) / ROUNDS).mean().item()
@@ -247,20 +259,20 @@ def main() -> None:
     settings.write_atomic(run_dir / RESULTS, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     written = [run_dir / RESULTS]
     if sequences:  # the paper's Figure 5: points and mask growing
-        save_strips([sequences[number] for number in sorted(sequences)], run_dir / "strips.png")
+        save_strips([one for _, one in sequences], run_dir / "strips.png")
         written.append(run_dir / "strips.png")
     if finals:  # its Figure 4: the rows side by side
-        pictured = [(samples[number], masks) for number, masks in finals.items()]
+        pictured = [(samples[number], masks) for number, masks in finals]
         save_strips([strip(features.name(sample), features.texts[sample[1]], features.picture(sample),
                            features.labels(sample), masks, {}, frame) for sample, masks in pictured],
                     run_dir / "comparison.png")
         written.append(run_dir / "comparison.png")
     if gallery:
         srm_log = checkpoint.read_log(run_dir / "srm_log.csv")
-        write_report(run_dir / "report.html", content, srm_log, trained["log"], gallery)
+        write_report(run_dir / "report.html", content, srm_log, trained["log"], [item for _, item in gallery])
         written.append(run_dir / "report.html")
     print("wrote " + ", ".join(map(str, written)))
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    settings.run(main, globals(), shared=True)

@@ -12,7 +12,8 @@ from common.errors import UserError
 PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA, MPS, CPU, cuBLAS
 
 
-def in_batches(items: Iterable, size: int, compute: Callable[[list], object], mend: str) -> Iterator[tuple[list, object]]:
+def in_batches(items: Iterable, size: int, compute: Callable[[list], object],
+               mend: str) -> Iterator[tuple[list, object]]:
     """(batch, compute(batch)) over all items in their order, `size` at a time.
 
     Where memory runs out, the size is halved for good, this is said, and the same items are tried again. Raises

@@ -35,7 +35,7 @@ def run(folder: Path, script: str, *more: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with a data set of 10 training and 6 test images, and one undisturbed run of all stages in runs/folder."""
+    """A folder with a data set of 10 training and 6 test images, with one run of all stages in runs/folder."""
     folder = tmp_path_factory.mktemp("stages")
     for split, count in (("train", 10), ("test", 6)):
         for kind in ("images", "masks"):

@@ -60,7 +60,8 @@ def test_stage_1_finds_its_batch_size(workplace, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("cache_features", ROOT / "01_cache_features.py")
     stage = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stage)
-    override(vars(stage), [*STAGES["01_cache_features.py"], "TASK=folder", "DEVICE=cpu", "RUN_DIR=halved", "BATCH_SIZE=8"])
+    override(vars(stage), [*STAGES["01_cache_features.py"], "TASK=folder", "DEVICE=cpu", "RUN_DIR=halved",
+                           "BATCH_SIZE=8"])
     embed = SamEmbedder.embed
 
     def little_memory(self, images):
