@@ -1,6 +1,7 @@
 """Stage 1: SAM's image embeddings and CLIP Surgery's maps, computed once per image into one HDF5 file.
 
     python 01_cache_features.py [NAME=value ...]        NAME is any constant below; `help` lists them
+    torchrun --nproc_per_node=4 01_cache_features.py …  four processes share the images
 
 Nothing inside SAM or CLIP is ever trained, so neither F = E_I(x) nor M_c ever changes. Killed at any moment, the same
 command goes on where it stopped.
@@ -9,7 +10,9 @@ command goes on where it stopped.
 import importlib.metadata
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,8 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import cache, checkpoint, datasets, settings
+from common import cache, checkpoint, datasets, distributed, settings
+from common.batches import in_batches
 from common.clip_surgery import ClipSurgery, load_clip
 from common.datasets import draw_shots, image_size, list_samples, load_image, load_labels
 from common.sam import SamEmbedder, load_sam, sam_fingerprint, squash
@@ -39,7 +43,7 @@ IMAGE_SIZE = 800  # every picture is squashed to this square; points live in it 
 PATCH_SIZE = 80  # the agent's actions are the centres of patches of this size: 10 x 10 of them (Eq. 3)
 
 # how it is computed
-BATCH_SIZE = 8  # images at a time through SAM and CLIP
+BATCH_SIZE = 8  # images at a time through SAM and CLIP; halves itself where memory runs out
 WORKERS = 4  # threads that decode images ahead of the models
 PRECISION = "auto"  # of SAM's encoder: bf16 where the hardware has it, else fp32; or either by name
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
@@ -56,12 +60,13 @@ def main() -> None:
         raise settings.UserError(f"SHOTS={SHOTS} is too few to compare an action with another: set 2 or more")
     if IMAGE_SIZE % PATCH_SIZE:
         raise settings.UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one that does")
-    device = settings.device(DEVICE)
+    device = distributed.own(settings.device(DEVICE))
     task = get_task(TASK, PROMPT)
     data_dir = Path(DATA_DIR or f"data/{TASK}").expanduser()
     if TASK.startswith("demo_") and not DATA_DIR:
         from common.standin.scenes import write_dataset
-        write_dataset(TASK.removeprefix("demo_"), data_dir)
+        with distributed.rank_0_first():
+            write_dataset(TASK.removeprefix("demo_"), data_dir)
 
     # the images: the drawn training samples and the whole test set
     samples = list_samples(task, data_dir)
@@ -71,9 +76,10 @@ def main() -> None:
     row_of = {sample: row for row, sample in enumerate(images)}
 
     # the frozen models
-    sam = load_sam(SAM, device)
+    with distributed.rank_0_first():  # weights are downloaded once
+        sam = load_sam(SAM, device)
+        clip, tokenizer = load_clip(CLIP, device)
     embedder = SamEmbedder(sam, PRECISION)
-    clip, tokenizer = load_clip(CLIP, device)
     clip_size = CLIP_SIZE or (192 if CLIP == "demo" else 512)
     surgery = ClipSurgery(clip, tokenizer, clip_size, task.texts)
     grid = sam.prompt_encoder.image_embedding_size
@@ -92,7 +98,9 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "segment_anything", "open_clip_torch")}}
     run_dir = settings.run_dir(RUN_DIR, TASK)
     path = settings.features(FEATURES, run_dir)
-    settings.lock(path.parent)
+    with distributed.rank_0_first():  # the file is laid out once
+        settings.lock(path.parent)
+        writer = cache.CacheWriter.open_or_create(path, layout, provenance)
 
     def read(row: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """One image: its row, what SAM sees, what CLIP sees, its label map, its small picture."""
@@ -104,25 +112,37 @@ def main() -> None:
                 load_labels(sample, task, image.shape[:2]),
                 np.asarray(Image.fromarray(image).resize((cache.PICTURE, cache.PICTURE), Image.BILINEAR)))
 
-    with cache.CacheWriter.open_or_create(path, layout, provenance) as writer, ThreadPoolExecutor(WORKERS) as pool:
-        missing = writer.missing()
-        ahead: deque = deque(pool.submit(read, row) for row in missing[:2 * BATCH_SIZE])
-        waiting = iter(missing[2 * BATCH_SIZE:])
-        with tqdm(desc=f"embedding {TASK}", total=len(images), initial=len(images) - len(missing)) as bar:
-            while ahead:
-                batch = [ahead.popleft().result() for _ in range(min(BATCH_SIZE, len(ahead)))]
-                ahead.extend(pool.submit(read, row) for _, row in zip(batch, waiting))
-                rows, for_sam, for_clip, labels, pictures = zip(*batch)
-                embeddings = embedder.embed(np.stack(for_sam))
-                maps = surgery.maps(torch.from_numpy(np.stack(for_clip)).permute(0, 3, 1, 2))
-                maps = F.interpolate(maps, grid, mode="bilinear")  # M_c, resized to h x w
-                for entry in zip(rows, embeddings, maps, labels, pictures):
-                    writer.write(*entry)
-                bar.update(len(batch))
+    def read_ahead(rows: list[int], pool: ThreadPoolExecutor) -> Iterator[tuple]:
+        """What `read` returns of these rows, in their order, decoded by the pool while the models compute."""
+        waiting = iter(rows)
+        ahead = deque(pool.submit(read, row) for row in islice(waiting, 2 * BATCH_SIZE))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(read, row) for row in islice(waiting, 1))
+
+    def embed(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
+        """F (B, C, h, w) and M_c (B, K, h, w), resized to h x w, of a batch of what `read` returns."""
+        _, for_sam, for_clip, _, _ = zip(*batch)
+        embeddings = embedder.embed(np.stack(for_sam))
+        maps = surgery.maps(torch.from_numpy(np.stack(for_clip)).permute(0, 3, 1, 2))
+        return embeddings, F.interpolate(maps, grid, mode="bilinear")
+
+    mend = "choose a smaller SAM (SAM=vit_b is the smallest of Meta's), PRECISION=bf16 or DEVICE=cpu"
+    missing = distributed.share(writer.missing())
+    bar = tqdm(desc=f"embedding {TASK}", total=len(images), initial=len(images) - len(writer.missing()),
+               disable=distributed.RANK > 0)
+    with writer, bar, ThreadPoolExecutor(WORKERS) as pool:
+        for batch, (embeddings, maps) in in_batches(read_ahead(missing, pool), BATCH_SIZE, embed, mend):
+            rows, _, _, labels, pictures = zip(*batch)
+            for entry in zip(rows, embeddings, maps, labels, pictures):
+                writer.write(*entry)
+            bar.update(len(images) - len(writer.missing()) - bar.n)  # what the other processes wrote counts too
+        distributed.barrier()
+        bar.update(len(images) - bar.n)
 
     print(f"{len(images)} images ({len(drawn)} training samples), {path.stat().st_size / 1e6:.0f} MB")
     settings.goodbye([path], "02_train_srm.py", globals())
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    settings.run(main, globals(), shared=True)

@@ -2,20 +2,24 @@
 
     python 04_evaluate.py [NAME=value ...]              NAME is any constant below; `help` lists them
     python 04_evaluate.py IMAGES=some_folder            masks for images of your own, without ground truth
+    torchrun --nproc_per_node=4 04_evaluate.py …        four processes share the test set, to the same figures
 
 There is no ground truth at the start: P_0 is the SRM's highest and lowest place. All rows come from the same agent and
 the same SRM, so each changes one thing.
 """
 
 import json
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, own_images, settings
+from common import checkpoint, distributed, own_images, settings
 from common.agent import Actor, policy
 from common.baselines import best_threshold, next_clicks, prompt_with_map, srm_alone
+from common.batches import in_batches
 from common.cache import Cache
 from common.episode import Episode, patch_centres
 from common.metrics import average, average_iou, evaluate_mask, overlap
@@ -39,7 +43,7 @@ IMAGES = ""  # a folder of images without ground truth, embedded on the fly; emp
 CLASSES = ("all",)  # which of the run's texts to look for in them
 
 # how
-BATCH_SIZE = 32  # test samples prompted side by side
+BATCH_SIZE = 32  # test samples prompted side by side; halves itself where memory runs out
 PICTURES = 8  # test samples drawn as strips, spread over the test set
 GALLERY = 200  # test samples in report.html, spread over the test set; 0 = no report
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
@@ -73,8 +77,8 @@ def gumbel_noise(sample: int, rounds: int, actions: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prompt(row: str, episode: Episode, actor: Actor, srm: torch.nn.Module, numbers: range, truths: list[np.ndarray],
-           truth_centres: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+def prompt(row: str, episode: Episode, actor: Actor, srm: torch.nn.Module, numbers: Sequence[int],
+           truths: list[np.ndarray], truth_centres: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """One row's prompting of a batch: SAM's logits (B, 4h, 4w) after each round, M_0 first, and the actions (B, T).
 
     numbers: the samples' places in the test set. truths and truth_centres are for the rows with an oracle only.
@@ -118,7 +122,9 @@ def main() -> None:
     rows = list(_ROWS) if ROWS == ("all",) else list(dict.fromkeys(ROWS))
     if unknown := [row for row in rows if row not in _ROWS]:
         raise settings.UserError(f"ROWS names {unknown[0]!r}, which is none of: all, {', '.join(_ROWS)}")
-    device = settings.device(DEVICE)
+    if IMAGES and distributed.SIZE > 1:
+        raise settings.UserError("IMAGES are segmented in one process: start it with python, not with torchrun")
+    device = distributed.own(settings.device(DEVICE))
     run_dir = settings.run_dir(RUN_DIR, TASK)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
@@ -136,7 +142,8 @@ def main() -> None:
     actor, srm = Actor(channels).to(device).eval(), build_srm(trained["settings"]["branch"], channels).to(device).eval()
     actor.load_state_dict(trained["actor"])
     srm.load_state_dict(trained["srm"])
-    prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
+    with distributed.rank_0_first():  # weights that are not there yet are downloaded once
+        prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
 
     def align(embeddings: torch.Tensor, maps: torch.Tensor) -> Episode:
         """AlignSAM on embeddings (B, C, h, w) and maps (B, h, w) of images without ground truth."""
@@ -153,8 +160,11 @@ def main() -> None:
     classes = [features.texts[text] for _, text in samples] if len(features.texts) > 1 else None
     drawn, shown = (set(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int))
                     for count in (PICTURES, GALLERY))
+    # whole batches are dealt to the processes of torchrun, so that each batch is computed as in a single process
+    mine = [number for start in distributed.share(range(0, len(samples), BATCH_SIZE))
+            for number in range(start, min(start + BATCH_SIZE, len(samples)))]
     results, iou_per_round, gallery = {}, {}, []
-    sequences, finals = {}, {number: {} for number in sorted(drawn)}  # strips of rounds, and each row's last mask
+    sequences, finals = [], {number: {} for number in mine if number in drawn}  # strips of rounds, each row's last mask
 
     # what the rows without rounds learn from the training samples
     shots = features.samples("train")[:trained["settings"]["shots"] or None]
@@ -167,51 +177,64 @@ def main() -> None:
     threshold = (best_threshold(features.maps(shots), [features.labels(shot) for shot in shots])
                  if "CLIP Surgery alone" in rows else None)
 
-    for row in rows:
-        place, _, rounds = _ROWS[row]
-        last, ious = [], []  # metrics of the last mask, and IoU after each round, one per sample
-        on_target = chosen = 0
-        for start in tqdm(range(0, len(samples), BATCH_SIZE), row):
-            batch = samples[start:start + BATCH_SIZE]
-            numbers = range(start, start + len(batch))
-            truths, at_centres = [features.labels(sample) for sample in batch], truth_centres[start:start + len(batch)]
-            embeddings = features.embeddings(batch).float().to(device)
-            episode = Episode(prompter, embeddings, features.maps(batch).to(device), centres, residual=residual)
-            if rounds != "none":
-                logits, actions = prompt(row, episode, actor, srm, numbers, truths, at_centres)
-                on_target += int((at_centres.gather(1, actions) == 1).sum())
-                chosen += actions.numel()
-            elif place == "PerSAM":
-                masks = [persam.segment(one, references[text])[0] for one, (_, text) in zip(embeddings, batch)]
-                logits = [torch.stack(masks)]
-            elif place == "SRM":
-                logits = [srm_alone(episode, srm)]
-            elif place == "map":
-                logits = [episode.maps - threshold]
-            else:
-                prompt_with_map(episode, ROUNDS // 2 + 1)  # as many points as AlignSAM has, or one more
-                logits = [episode.logits]
+    def segment(row: str, numbers: list[int]) -> tuple[list[np.ndarray], list[torch.Tensor], torch.Tensor, Episode]:
+        """One row's answer to a batch of samples, by their numbers in the test set.
 
+        Returns their truths (H, W), logits (B, 4h, 4w) after each round that the row has, M_0 first, the actions
+        (B, T), and the episode as it ended.
+        """
+        batch, at_centres = samples[numbers], truth_centres[numbers]
+        place, _, rounds = _ROWS[row]
+        truths = [features.labels(sample) for sample in batch]
+        embeddings = features.embeddings(batch).float().to(device)
+        episode = Episode(prompter, embeddings, features.maps(batch).to(device), centres, residual=residual)
+        actions = torch.empty(len(batch), 0, dtype=torch.long)
+        if rounds != "none":
+            logits, actions = prompt(row, episode, actor, srm, numbers, truths, at_centres)
+        elif place == "PerSAM":
+            masks = [persam.segment(one, references[text])[0] for one, (_, text) in zip(embeddings, batch)]
+            logits = [torch.stack(masks)]
+        elif place == "SRM":
+            logits = [srm_alone(episode, srm)]
+        elif place == "map":
+            logits = [episode.maps - threshold]
+        else:
+            prompt_with_map(episode, ROUNDS // 2 + 1)  # as many points as AlignSAM has, or one more
+            logits = [episode.logits]
+        return truths, logits, actions, episode
+
+    for row in rows:
+        found = []  # number, metrics of the last mask, IoU after each round, points chosen, those on the target
+        bar = tqdm(mine, row, disable=distributed.RANK > 0)
+        batches = in_batches(bar, BATCH_SIZE, partial(segment, row), mend="set DEVICE=cpu")
+        for numbers, (truths, logits, actions, episode) in batches:
+            right = (truth_centres[numbers].gather(1, actions) == 1).sum(1).tolist()
             for index, (number, truth) in enumerate(zip(numbers, truths)):  # masks at the image's own size
                 masks = [full_masks(after[index], truth.shape).cpu().numpy() for after in logits]
-                last.append(evaluate_mask(masks[-1], truth))
-                ious.append([overlap(mask, truth) for mask in masks])
+                ious = [overlap(mask, truth) for mask in masks]
+                found.append((number, evaluate_mask(masks[-1], truth), ious, actions.shape[1], right[index]))
                 if number in drawn:
                     finals[number][row] = masks[-1]
                 if row == "AlignSAM" and number in drawn | shown:
                     points, labels = episode.points[index].cpu().numpy(), episode.labels[index].cpu().numpy()
-                    name, target = features.name(batch[index]), features.texts[batch[index][1]]
-                    picture = features.picture(batch[index])
+                    name, target = features.name(samples[number]), features.texts[samples[number][1]]
+                    picture = features.picture(samples[number])
                     if number in drawn:
                         some = {f"round {after}": after for after in _STRIP_ROUNDS if after < len(masks)}
-                        sequences[number] = strip(
-                            name, target, picture, truth, {caption: masks[after] for caption, after in some.items()},
-                            {caption: (points[:2 + after], labels[:2 + after]) for caption, after in some.items()}, frame)
+                        growing = {caption: masks[after] for caption, after in some.items()}
+                        marked = {caption: (points[:2 + after], labels[:2 + after]) for caption, after in some.items()}
+                        sequences.append((number, strip(name, target, picture, truth, growing, marked, frame)))
                     if number in shown:
-                        gallery.append(gallery_item(name, target if classes else None, picture, truth, masks, ious[-1],
-                                                    points, labels, frame))
-        results[row] = average(last, classes) | ({"FR": on_target / chosen} if chosen else {})
-        iou_per_round[row] = [average_iou(list(after), classes) for after in zip(*ious)]
+                        item = gallery_item(name, target if classes else None, picture, truth, masks, ious, points,
+                                            labels, frame)
+                        gallery.append((number, item))
+        if found := distributed.gather(found):  # on rank 0
+            _, last, ious, chosen, on_target = zip(*found)
+            results[row] = average(last, classes) | ({"FR": sum(on_target) / sum(chosen)} if any(chosen) else {})
+            iou_per_round[row] = [average_iou(list(after), classes) for after in zip(*ious)]
+    sequences, finals, gallery = map(distributed.gather, (sequences, list(finals.items()), gallery))
+    if distributed.RANK > 0:
+        return
 
     # Table 9's bound: small targets have few centres that could be chosen
     attainable = ((truth_centres == 1).sum(1).clamp(max=ROUNDS) / ROUNDS).mean().item()
@@ -236,20 +259,20 @@ def main() -> None:
     settings.write_atomic(run_dir / RESULTS, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     written = [run_dir / RESULTS]
     if sequences:  # the paper's Figure 5: points and mask growing
-        save_strips([sequences[number] for number in sorted(sequences)], run_dir / "strips.png")
+        save_strips([one for _, one in sequences], run_dir / "strips.png")
         written.append(run_dir / "strips.png")
     if finals:  # its Figure 4: the rows side by side
-        pictured = [(samples[number], masks) for number, masks in finals.items()]
+        pictured = [(samples[number], masks) for number, masks in finals]
         save_strips([strip(features.name(sample), features.texts[sample[1]], features.picture(sample),
                            features.labels(sample), masks, {}, frame) for sample, masks in pictured],
                     run_dir / "comparison.png")
         written.append(run_dir / "comparison.png")
     if gallery:
         srm_log = checkpoint.read_log(run_dir / "srm_log.csv")
-        write_report(run_dir / "report.html", content, srm_log, trained["log"], gallery)
+        write_report(run_dir / "report.html", content, srm_log, trained["log"], [item for _, item in gallery])
         written.append(run_dir / "report.html")
     print("wrote " + ", ".join(map(str, written)))
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    settings.run(main, globals(), shared=True)

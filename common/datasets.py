@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from common import distributed
 from common.errors import UserError
 from common.tasks import Task
 
@@ -133,7 +134,7 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int) -> list
     queues: dict[int, list[Sample]] = {text: [] for text in range(len(task.texts))}
     drawn: list[tuple[Sample, int]] = []
     if len(task.texts) > 1:  # which image holds which text is known only from its label map
-        for sample in tqdm(training, "reading label maps"):
+        for sample in tqdm(training, "reading label maps", disable=distributed.RANK > 0):
             present = np.setdiff1d(load_labels(sample, task, image_size(sample.image)), [IGNORE])
             for label in present[present > 0]:
                 if len(present) > 1:  # else there is no background to start an episode from

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import distributed
 from common.errors import UserError
 
 KINDS = {
@@ -32,23 +33,30 @@ MENDS = {
 }
 
 
-def run(main: Callable[[], None], constants: dict[str, object]) -> None:
+def run(main: Callable[[], None], constants: dict[str, object], shared: bool = False) -> None:
     """Put the command line's NAME=value into `constants` (the script's `globals()`), then call `main()`.
 
     What the user can mend ends as one sentence on stderr and exit status 1; Ctrl-C ends with status 130.
+    shared: whether `main` shares its work with the other processes of torchrun.
     """
     try:
+        distributed.start()
         override(constants, sys.argv[1:])
+        if distributed.SIZE > 1 and not shared:
+            raise UserError(f"{Path(sys.argv[0]).name} works in one process: start it with python, not with torchrun")
         main()
+        distributed.barrier()  # a process that fails at the last moment makes all of them fail
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(distributed.last_words(f"error: {error}"))
     except KeyboardInterrupt:
-        print("\nstopped; run the same command to go on", file=sys.stderr)
+        if distributed.RANK == 0:
+            print("\nstopped; run the same command to go on", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in MENDS:
             raise
-        sys.exit(f"error: {MENDS[error.errno].format(error.filename or 'a file of this run')}")
+        sentence = MENDS[error.errno].format(error.filename or "a file of this run")
+        sys.exit(distributed.last_words(f"error: {sentence}"))
 
 
 def override(constants: dict[str, object], argv: list[str]) -> None:
@@ -158,8 +166,11 @@ def lock(folder: Path) -> None:
     """Makes the folder and claims it until this process ends, however it ends. Raises UserError where another has it.
 
     The claim lies on the folder itself, so nothing is left behind. Where the system has no such locks, nothing is done.
+    Under torchrun rank 0 claims it for all.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if distributed.RANK > 0:
+        return
     try:
         import fcntl
     except ImportError:

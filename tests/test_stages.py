@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,48 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.standin.scenes import draw_for_task
-
-ROOT = Path(__file__).parent.parent
-STAGES = {
-    "01_cache_features.py": ["SHOTS=8", "PROMPT=salient object", "BATCH_SIZE=2", "DATA_DIR=data"],
-    "02_train_srm.py": ["STEPS=20", "SAVE_EVERY=2", "LOG_EVERY=5", "HELD_OUT=4", "SRM_BATCH=4"],
-    "03_train_agent.py": ["EPISODES=4", "EPOCHS=2", "ROUNDS=3", "SRM_BATCH=4"],
-    "04_evaluate.py": ["ROUNDS=3", "PICTURES=2"],
-}
-
-
-def command(script: str, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / script), "TASK=folder", "DEVICE=cpu", *STAGES[script], *more]
-
-
-def run(folder: Path, script: str, *more: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    return subprocess.run(command(script, *more), cwd=folder, env=environment, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="session")
-def workplace(tmp_path_factory) -> Path:
-    """A folder with a data set of 10 training and 6 test images, and one undisturbed run of all stages in runs/folder."""
-    folder = tmp_path_factory.mktemp("stages")
-    for split, count in (("train", 10), ("test", 6)):
-        for kind in ("images", "masks"):
-            (folder / "data" / split / kind).mkdir(parents=True)
-        for index in range(count):
-            scene = draw_for_task("saliency", split, index)
-            size = (200, 150 + 10 * index)
-            Image.fromarray(scene.image).resize(size).save(folder / "data" / split / "images" / f"{index}.jpg")
-            mask = Image.fromarray(scene.labels("saliency") * 255).resize(size, Image.NEAREST)
-            mask.save(folder / "data" / split / "masks" / f"{index}.png")
-    for script in STAGES:
-        done = run(folder, script)
-        assert done.returncode == 0, done.stderr
-    return folder
-
-
-def arrays(path: Path) -> dict[str, np.ndarray]:
-    with h5py.File(path) as file:
-        return {name: dataset[:] for name, dataset in file.items()}
+from tests.conftest import STAGES, arrays, command, run
 
 
 def same_weights(one: Path, other: Path) -> bool:
