@@ -235,6 +235,8 @@ class TrainingSet:
 
     def other_texts(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """For each of the rows (B,) one of the texts its image holds, drawn at random: M_c and y on the grid, (B, h, w)."""
+        if len(self.present[0]) == 1:
+            return self.maps[rows], self.truth[rows]
         texts = torch.multinomial(self.present[rows.cpu()].float(), 1, generator=generator)[:, 0].to(rows.device)
         return self.every_map[rows, texts], self.every_truth[rows, texts]
 
