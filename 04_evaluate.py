@@ -134,8 +134,7 @@ def main() -> None:
     settings.lock(run_dir)
     channels = json.loads(features.attrs["embedding"])[0]
     actor, srm = Actor(channels).to(device).eval(), build_srm(trained["settings"]["branch"], channels).to(device).eval()
-    actor.load_state_dict(trained["actor"])
-    srm.load_state_dict(trained["srm"])
+    checkpoint.restore(path, trained, actor=actor, srm=srm)
     prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
 
     def align(embeddings: torch.Tensor, maps: torch.Tensor) -> Episode:
