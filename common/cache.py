@@ -26,8 +26,8 @@ synced, and only then is its `done` byte set. So a kill can neither damage HDF5'
 half-written entry that counts as whole. Once the file exists, several processes may write different images.
 Needs `os.pwrite` (Linux, macOS, WSL).
 
-What a disk or a copy damaged is not computed with: HDF5 keeps checksums of its own structures (readers need HDF5 1.10 or
-newer), and each image's part of a dataset is compared with its CRC when it is read.
+What a disk or a copy damaged is not computed with: HDF5 keeps checksums of its own structures (readers need HDF5
+1.10 or newer), and each image's part of a dataset is compared with its CRC when it is first read.
 """
 
 import errno
@@ -57,8 +57,8 @@ NOT_COMPARED = ("time", "versions")  # attributes in which a resumed run may dif
 MEND = "set another RUN_DIR or FEATURES, or delete the file"
 AGAIN = "delete it and run 01_cache_features.py again"
 WRITTEN = {  # attributes that the other stages read, beside the layout's own
-    "task": str, "branch": str, "sam": str, "sam_fingerprint": str, "clip": str, "clip_fingerprint": str, "clip_size": int,
-    "image_size": int, "precision": str}
+    "task": str, "branch": str, "sam": str, "sam_fingerprint": str, "clip": str, "clip_fingerprint": str,
+    "clip_size": int, "image_size": int, "precision": str}
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ def create(path: Path, layout: Layout, attributes: dict) -> None:
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: h5py's where it cannot write as it closes the file
         reason = os.strerror(error.errno) if getattr(error, "errno", None) else "it cannot be written to its end"
-        raise UserError(f"{path} cannot be created ({reason}): make room, or set another RUN_DIR or FEATURES") from error
+        raise UserError(f"{path} cannot be created ({reason}): make room, or set another RUN_DIR or "
+                        "FEATURES") from error
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -224,7 +225,8 @@ def _open(path: Path) -> h5py.File:
             raise UserError(f"{path} has cache format {stored['format']}, this code reads {FORMAT}: {AGAIN}")
         texts, embedding = json.loads(stored["texts"]), json.loads(stored["embedding"])
         frame, patch = stored["frame"], stored["patch_size"]
-        _require(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts), "texts are no texts")
+        _require(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts),
+                 "texts are no texts")
         _require(isinstance(frame, int) and isinstance(patch, int) and 0 < patch <= frame and frame % patch == 0,
                  f"PATCH_SIZE={patch} does not divide a frame of {frame}")
         p, pixels = (frame // patch) ** 2, int(file["label_offsets"][-1])
@@ -238,7 +240,8 @@ def _open(path: Path) -> h5py.File:
                  "/sizes and /label_offsets contradict each other")
         _require(len(split) == n and set(split) <= {b"train", b"test"}, "/split holds another word than train and test")
         _require((shots >= 0).all() and (shots < (n, len(texts))).all() and (split[shots[:, 0]] == b"train").all()
-                 and len(np.unique(shots, axis=0)) == len(shots), "/shots names other than training samples, or one twice")
+                 and len(np.unique(shots, axis=0)) == len(shots),
+                 "/shots names other than training samples, or one twice")
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         if getattr(error, "errno", None):  # the system's complaint, not HDF5's
             raise UserError(f"{path} cannot be opened ({os.strerror(error.errno)}): {MEND}") from error
@@ -255,11 +258,13 @@ def _require(holds: bool, otherwise: str) -> None:
 def _require_attributes(path: Path, stored: dict) -> None:
     """Raises UserError naming the first attribute that a stage reads and that is missing, or of no sense."""
     fits = {name: isinstance(stored.get(name), kind) for name, kind in WRITTEN.items()}
-    fits |= {"branch": stored.get("branch") in ("implicit", "explicit"), "precision": stored.get("precision") in ("fp32", "bf16"),
+    fits |= {"branch": stored.get("branch") in ("implicit", "explicit"),
+             "precision": stored.get("precision") in ("fp32", "bf16"),
              "image_size": stored.get("image_size") == stored["frame"],
              "clip_size": fits["clip_size"] and stored["clip_size"] > 0}
     if wrong := [name for name, fit in fits.items() if not fit]:
-        raise UserError(f"{path} is damaged or not a feature cache (its attribute {wrong[0]} is {stored.get(wrong[0])}): {AGAIN}")
+        raise UserError(f"{path} is damaged or not a feature cache (its attribute {wrong[0]} is "
+                        f"{stored.get(wrong[0])}): {AGAIN}")
 
 
 @dataclass
@@ -323,8 +328,8 @@ class Cache:
         present = np.stack([self._compare("present", row, texts) for row, texts in enumerate(self.file["present"][:])])
         samples = np.argwhere((self.file["split"][:] == split.encode())[:, None] & (present == 1))
         if not len(samples):
-            raise UserError(f"{self.path} holds no {split} image with {' or '.join(self.texts)} in it: look whether the masks hold "
-                            "what TASK names, and run 01_cache_features.py into another RUN_DIR")
+            raise UserError(f"{self.path} holds no {split} image with {' or '.join(self.texts)} in it: look whether the "
+                            "masks hold what TASK names, and run 01_cache_features.py into another RUN_DIR")
         return samples
 
     def training_set(self, shots: int, rounds: int, device: torch.device) -> "TrainingSet":
@@ -346,10 +351,11 @@ class Cache:
                            [self.labels(sample) for sample in samples])
 
     def _compare(self, dataset: str, row: int, values: np.ndarray) -> np.ndarray:
-        """`values`, one image's part of a dataset. Raises UserError naming the image where they are not what was written."""
+        """`values`, one image's part of a dataset. Raises UserError where they are not what was written."""
         if self._crc is not None and (dataset, row) not in self._compared:
             if zlib.crc32(values) != self._crc[row, SUMMED.index(dataset)]:
-                raise UserError(f"{self.path} is damaged (/{dataset} of {self._names[row]} is not what was written): {AGAIN}")
+                raise UserError(f"{self.path} is damaged (/{dataset} of {self._names[row]} is not what was written): "
+                                f"{AGAIN}")
             self._compared.add((dataset, row))
         return values
 

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.settings import write_atomic
 
 CONTENT = {"settings": dict, "finished": bool, "generator": torch.Tensor, "log": list}  # beside weights and optimisers
-SETTINGS = {"task": str, "branch": str, "seed": int, "shots": int, "rounds": int, "features": str}  # that any stage reads
+SETTINGS = {"task": str, "branch": str, "seed": int, "shots": int, "rounds": int, "features": str}  # that stages read
 
 
 def save(path: Path, content: dict) -> None:
@@ -24,8 +24,9 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path, stage: str, **further: type) -> dict:
-    """The content saved at `path`, on the CPU; no code in the file is run. `further`: what it must hold beside `CONTENT`.
+    """The content saved at `path`, on the CPU; no code in the file is run.
 
+    further: names and types of what it must hold beside `CONTENT`.
     Raises UserError where the file is missing (naming the `stage` command that makes it), is not such a file, does not
     hold what it was written with, or holds numbers that are not finite.
     """
@@ -77,8 +78,8 @@ def restore(path: Path, content: dict, **parts: torch.nn.Module | torch.optim.Op
                         raise ValueError(f"the state of {name} is of another shape")
     except Exception as error:  # PyTorch raises nearly anything here
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit the networks there are now ({type(error).__name__}: {reason}): delete it and "
-                        "run its stage again, or name another RUN_DIR") from error
+        raise UserError(f"{path} does not fit the networks there are now ({type(error).__name__}: {reason}): delete it "
+                        "and run its stage again, or name another RUN_DIR") from error
 
 
 def require_same(path: Path, stored: dict, settings: dict) -> None:

@@ -26,8 +26,8 @@ KINDS = {
 MENDS = {
     errno.ENOSPC: "there is no space left to write {}: free some disk space and run the same command again",
     errno.EDQUOT: "your disk quota does not let {} grow: free some space and run the same command again",
-    errno.EFBIG: "{} may not grow that large: raise the limit (ulimit -f) or choose a folder on another file system, and run "
-                 "the same command again",
+    errno.EFBIG: "{} may not grow that large: raise the limit (ulimit -f) or choose a folder on another file system, and "
+                 "run the same command again",
     errno.EROFS: "{} lies on a read-only file system: choose a folder that can be written to",
     errno.EEXIST: "{} should be a folder, and a file has that name: move it away or choose another folder",
     errno.ENOTDIR: "{} cannot be made, since a part of that path is a file: move it away or choose another folder",

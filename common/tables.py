@@ -36,7 +36,7 @@ _ROUNDS, _EPISODES = (5, 10, 20), (10, 25, 100)  # Figure 7, beside T = 15 and E
 _QUICK = ("PICTURES=0", "GALLERY=0")
 _METRICS = ("mIoU", "F", "BER", "E", "MAE", "FR")
 _ABLATIONS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")
-_ALL = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")  # of ROWS=all, those without which a table fails
+_ALL = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")  # of ROWS=all, what a table cannot do without
 _CONTENT = {"task": str, "sam": str, "clip": str, "branch": str, "images": int, "rows": dict, "iou_per_round": dict,
             "foreground_rate_attainable": float}
 
@@ -64,7 +64,7 @@ def run_stages(task: str, folder: Path, seed: int, evaluation: list[str], agent:
 
 
 def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
-    """What stage 4 wrote to `path`. Raises UserError where that is damaged, of another task, or lacks one of these rows."""
+    """What stage 4 wrote to `path`. Raises UserError where it is damaged, of another task, or lacks one of `rows`."""
     try:
         content = json.loads(path.read_text())
         for name, kind in _CONTENT.items():
@@ -77,11 +77,11 @@ def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
         if not all(map(math.isfinite, [*metrics, content["foreground_rate_attainable"]])):
             raise ValueError("a figure is not finite")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise settings.UserError(f"{path} is damaged or was not written by 04_evaluate.py ({type(error).__name__}: {error}): "
-                                 "delete it and run the same command again") from error
+        raise settings.UserError(f"{path} is damaged or was not written by 04_evaluate.py ({type(error).__name__}: "
+                                 f"{error}): delete it and run the same command again") from error
     if content["task"] != task:
-        raise settings.UserError(f"{path} holds results of {content['task']}, not {task}: move it away and run the same "
-                                 "command again")
+        raise settings.UserError(f"{path} holds results of {content['task']}, not {task}: move it away and run the "
+                                 "same command again")
     if missing := [row for row in rows if row not in content["rows"]]:
         raise settings.UserError(f"{path} lacks the row {missing[0]}: delete it and run the same command again")
     return content

@@ -2,9 +2,9 @@
 
     python -m tests.campaign [NAME=value ...]           NAME is any constant below; `help` lists them
 
-What must hold: nothing that was finished is lost, a stage goes on to the same result, bit for bit, and whatever it cannot
-use ends in one sentence that names it. Prints a table, writes OUT, and exits with 1 where anything was violated. A case
-depends on SEED and its own name only, so ONLY=<case> repeats it.
+What must hold: nothing that was finished is lost, a stage goes on to the same result, bit for bit, and whatever it
+cannot use ends in one sentence that names it. Prints a table, writes OUT, and exits with 1 where anything was violated.
+A case depends on SEED and its own name only, and a kill's moment also on the machine's speed: ONLY=<case> repeats it.
 """
 
 import json
@@ -42,8 +42,8 @@ def main() -> None:
         started = time.monotonic()
         found[name] = work()
         seconds[name] = time.monotonic() - started
-        print(f"{name}: {sum(found[name].tried.values())} tried, {len(found[name].violations)} violated, {seconds[name]:.0f} s",
-              file=sys.stderr)
+        print(f"{name}: {sum(found[name].tried.values())} tried, {len(found[name].violations)} violated, "
+              f"{seconds[name]:.0f} s", file=sys.stderr)
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -62,14 +62,16 @@ def main() -> None:
         for what, count in sorted(one.tried.items()):
             print(f"| {name} | {what} | {count} | |")
         print(f"| **{name}** | all, in {seconds[name]:.0f} s | {sum(one.tried.values())} | {len(one.violations)} |")
-    violations = [{"part": name, "case": case, "what": what} for name, one in found.items() for case, what in one.violations]
+    violations = [{"part": name, "case": case, "what": what}
+                  for name, one in found.items() for case, what in one.violations]
     report = {"seed": SEED, "seconds": seconds, "tried": {name: one.tried for name, one in found.items()},
               "violations": violations}
     settings.write_atomic(Path(OUT), lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
     for violation in violations:
         print(f"\nviolated in {violation['case']} ({violation['part']}): {violation['what']}")
     if violations:
-        raise settings.UserError(f"{len(violations)} violations, listed above and in {OUT}; repeat one with ONLY=<case> SEED={SEED}")
+        raise settings.UserError(f"{len(violations)} violations, listed above and in {OUT}; repeat one with ONLY=<case> "
+                                 f"SEED={SEED}")
 
 
 if __name__ == "__main__":

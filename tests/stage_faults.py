@@ -264,18 +264,20 @@ def kills(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int, onl
 
 def is_one_sentence(said: str) -> bool:
     """Whether stderr holds progress bars, and then one sentence that begins with "error:"."""
-    return "Traceback" not in said and said.count("error: ") == 1 and said.rstrip().splitlines()[-1].startswith("error: ")
+    last = said.rstrip().splitlines()[-1]
+    return "Traceback" not in said and said.count("error: ") == 1 and last.startswith("error: ")
 
 
-def refused(found: Found, case: str, kind: str, stage: Stage, names: tuple[str, ...]) -> None:
-    """The stage must end with one sentence that names one of `names`."""
+def refused(found: Found, case: str, kind: str, stage: Stage, name: str) -> None:
+    """The stage must end with one sentence that holds `name`."""
     ended = stage.wait()
     if not ended:
         stage.kill()
-    said = stage.said()
-    last = said.rstrip().splitlines()[-1:] or [""]
-    found.check(ended and stage.code == 1 and is_one_sentence(said), case, f"{kind} ends with {stage.code}: {said[-400:]}")
-    found.check(any(name in last[0] for name in names), case, f"{kind} does not say where: {last[0]}")
+    said = stage.said() or "nothing"
+    last = said.rstrip().splitlines()[-1]
+    right = ended and stage.code == 1 and is_one_sentence(said)
+    found.check(right, case, f"{kind} ends with {stage.code}: {said[-400:]}")
+    found.check(name in last, case, f"{kind} does not say where: {last}")
 
 
 def full_disks(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int, only: str) -> Found:
@@ -302,7 +304,7 @@ def full_disks(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int
             stage.wait()
             found.count(f"no file may grow beyond a size in {kind}")
             if stage.code:
-                refused(found, case, kind, stage, (run_dir.name,))
+                refused(found, case, kind, stage, run_dir.name)
             else:
                 os.close(stage.stderr)
             found.check(saved_units(kind, run_dir) >= saved, case, f"{kind}: saved work is gone")
@@ -323,9 +325,10 @@ def without_privileges() -> None:
 def small_disk(place: Path, options: str) -> Iterator[bool]:
     """A file system in memory at `place`; yields whether this machine lets us mount one."""
     place.mkdir()
-    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(place)], capture_output=True).returncode
+    command = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
+    mounted = shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode
     try:
-        yield mounted
+        yield bool(mounted)
     finally:
         if mounted:
             subprocess.run(["umount", str(place)], check=True)
@@ -342,7 +345,7 @@ def closed_folders(workshop: Workshop, kinds: tuple[str, ...], only: str) -> Fou
         if only in ("", case):
             place = workshop.folder / "case"
             place.write_text("in the way")
-            refused(found, case, kind, start(workshop.folder, kind, str(place), lambda: None, *more), (place.name,))
+            refused(found, case, kind, start(workshop.folder, kind, str(place), lambda: None, *more), place.name)
             found.check(place.read_text() == "in the way", case, "the file was changed")
             place.unlink()
             found.count("a file in the place of the run folder")
@@ -350,17 +353,17 @@ def closed_folders(workshop: Workshop, kinds: tuple[str, ...], only: str) -> Fou
         if only in ("", case):
             with workshop.copy(kind) as run_dir:
                 run_dir.chmod(0o555)
-                refused(found, case, kind, start(workshop.folder, kind, str(run_dir), without_privileges), (run_dir.name,))
+                refused(found, case, kind, start(workshop.folder, kind, str(run_dir), without_privileges), run_dir.name)
                 run_dir.chmod(0o755)
                 found.count("a run folder without permission to write")
                 workshop.check_earlier_files(found, case, kind, run_dir)
                 workshop.finish(found, case, kind, run_dir)
-        for what, size, change in (("full disk", "64k", None), ("read-only file system", "64m", "remount,ro")):
+        for what, change in (("full disk", None), ("read-only file system", "remount,ro")):
             case = f"{what}, {kind}"
             if only not in ("", case):
                 continue
             used = sum(path.stat().st_size for path in workshop.before[kind].rglob("*") if path.is_file())
-            size = size if change else f"{used // 1024 + 200}k"
+            size = "64m" if change else f"{used // 1024 + 200}k"  # room for what is there, and for little more
             with small_disk(workshop.folder / "case", f"size={size}") as mounted:
                 if not mounted:
                     found.count(f"{what}: passed over, this machine mounts nothing")
@@ -369,7 +372,7 @@ def closed_folders(workshop: Workshop, kinds: tuple[str, ...], only: str) -> Fou
                 shutil.copytree(workshop.before[kind], run_dir, dirs_exist_ok=True)
                 if change:
                     subprocess.run(["mount", "-o", change, str(run_dir)], check=True)
-                refused(found, case, kind, start(workshop.folder, kind, str(run_dir)), (run_dir.name,))
+                refused(found, case, kind, start(workshop.folder, kind, str(run_dir)), run_dir.name)
                 found.count(f"a {what}, mounted")
                 workshop.check_earlier_files(found, case, kind, run_dir)
                 subprocess.run(["mount", "-o", "remount,rw,size=64m", str(run_dir)], check=True)

@@ -28,8 +28,8 @@ LAYOUT = Layout(
     patch=80,
 )
 ATTRIBUTES = {
-    "task": "sbu", "branch": "explicit", "sam": "vit_h", "sam_fingerprint": "0a", "clip": "demo", "clip_fingerprint": "1b",
-    "clip_size": 192, "image_size": 800, "precision": "fp32", "seed": 0, "versions": {"torch": "2.6"}, "time": "then"}
+    "task": "sbu", "branch": "explicit", "sam": "vit_h", "sam_fingerprint": "0a", "clip": "demo",
+    "clip_fingerprint": "1b", "clip_size": 192, "image_size": 800, "precision": "fp32", "seed": 0, "versions": {"torch": "2.6"}, "time": "then"}
 WRITES = 9  # calls of os.pwrite for an entry: seven arrays, their CRCs and the flag
 
 
@@ -531,7 +531,8 @@ def test_sizes_and_shots_that_make_no_sense_are_refused(complete, dataset, place
         Cache.open(complete)
 
 
-@pytest.mark.parametrize("name, value", [("branch", "both"), ("clip_size", 0), ("image_size", 400), ("sam", 3), ("precision", "")])
+@pytest.mark.parametrize("name, value", [("branch", "both"), ("clip_size", 0), ("image_size", 400), ("sam", 3),
+                                         ("precision", "")])
 def test_an_attribute_that_makes_no_sense_is_named(complete, name, value):
     changed(complete, lambda file: file.attrs.__setitem__(name, value))
     with pytest.raises(UserError, match=f"features.h5 is damaged .*its attribute {name} is {value}"):

@@ -145,7 +145,8 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(stopped):
 
 @pytest.mark.parametrize(
     ("number", "mend"),
-    [(errno.ENOSPC, "free some"), (errno.EFBIG, "ulimit -f"), (errno.EROFS, "choose a folder"), (errno.EACCES, "change its permissions")],
+    [(errno.ENOSPC, "free some"), (errno.EFBIG, "ulimit -f"), (errno.EROFS, "choose a folder"),
+     (errno.EACCES, "change its permissions")],
 )
 def test_a_disk_error_names_the_path_and_the_mend(stopped, number, mend):
     code, _ = stopped(OSError(number, os.strerror(number), "runs/demo/agent.pt"))

@@ -31,7 +31,8 @@ def scripts(monkeypatch, tmp_path):
             score = 0.4 + 0.1 * int(given["SEED"]) + (0.05 if "explicit" in str(folder) else 0)
             row = dict.fromkeys(("mIoU", "F", "BER", "E", "MAE", "FR"), score)
             (folder / given["RESULTS"]).write_text(json.dumps({
-                "task": given["TASK"], "sam": "demo", "clip": "demo", "branch": "implicit", "images": 240, "foreground_rate_attainable": 0.4,
+                "task": given["TASK"], "sam": "demo", "clip": "demo", "branch": "implicit", "images": 240,
+                "foreground_rate_attainable": 0.4,
                 "rows": {name: row for name in rows},
                 "iou_per_round": {name: [score + 0.01 * number for number in range(rounds + 1)] for name in rows}}))
 
