@@ -87,11 +87,9 @@ def main() -> None:
               "learning_rate": LEARNING_RATE, "rounds": ROUNDS, "every_text": EVERY_TEXT, "residual": RESIDUAL,
               "features": features.identity()}
     if path.exists():
-        saved = checkpoint.load(path, settings.command("02_train_srm.py", globals()))
+        saved = checkpoint.load(path, settings.command("02_train_srm.py", globals()), step=int)
         checkpoint.require_same(path, saved["settings"], chosen)
-        srm.load_state_dict(saved["srm"])
-        optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["generator"])
+        checkpoint.restore(path, saved, srm=srm, optimizer=optimizer, generator=generator)
         log, step = saved["log"], saved["step"]
 
     for step in tqdm(range(step + 1, STEPS + 1), "training the SRM", initial=step, total=STEPS):

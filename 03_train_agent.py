@@ -86,7 +86,7 @@ def main() -> None:
     settings.seed_everything(SEED)
     generator = torch.Generator().manual_seed(SEED)
     srm = build_srm(branch, embeddings.shape[1]).to(device)
-    srm.load_state_dict(stage_2["srm"])
+    checkpoint.restore(srm_path, stage_2, srm=srm)
     actor = Actor(embeddings.shape[1]).to(device)
     critic = Critic(embeddings.shape[1], scale=1 / (1 - GAMMA)).to(device)  # the bound of a return of rewards of 1
     ppo = torch.optim.Adam([*actor.parameters(), *critic.parameters()], LEARNING_RATE)
@@ -101,9 +101,7 @@ def main() -> None:
     if path.exists():  # from where a killed run stopped
         saved = checkpoint.load(path, settings.command("03_train_agent.py", globals()))
         checkpoint.require_same(path, saved["settings"], chosen)
-        for name, part in learning.items():
-            part.load_state_dict(saved[name])
-        generator.set_state(saved["generator"])
+        checkpoint.restore(path, saved, **learning, generator=generator)
         log, first = saved["log"], len(saved["log"]) + 1
 
     def train_srm(episode: Episode) -> tuple[float, float]:

@@ -140,8 +140,7 @@ def main() -> None:
     settings.lock(run_dir)
     channels, residual = json.loads(features.attrs["embedding"])[0], trained["settings"]["residual"]
     actor, srm = Actor(channels).to(device).eval(), build_srm(trained["settings"]["branch"], channels).to(device).eval()
-    actor.load_state_dict(trained["actor"])
-    srm.load_state_dict(trained["srm"])
+    checkpoint.restore(path, trained, actor=actor, srm=srm)
     with distributed.rank_0_first():  # weights that are not there yet are downloaded once
         prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
 

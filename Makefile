@@ -6,7 +6,7 @@ FIGURE7 ?= 0
 DEVICE ?= auto
 RUN = .venv/bin/python
 
-.PHONY: demo test row tables seeds bench standin
+.PHONY: demo test row tables seeds bench faults standin
 
 demo: .venv/installed  ## install, run all four stages on the embedded default, print its table
 	$(RUN) 01_cache_features.py
@@ -28,6 +28,9 @@ seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, t
 
 bench: .venv/installed  ## how fast the parts are beside what they replace: make bench DEVICE=cuda
 	$(RUN) -m common.bench DEVICE=$(DEVICE)
+
+faults: .venv/installed  ## kill stages, fill disks and damage files at random: an hour on two cores
+	$(RUN) -m tests.campaign KILLS=200 INPUTS=1000
 
 standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: two hours on a CPU
 	$(RUN) -m common.standin.train_sam

@@ -15,6 +15,7 @@ N images, K texts, S drawn training samples, P = (frame / patch_size)^2 patch ce
     /pictures       (N, 256, 256, 3)  uint8    the squashed image, RGB, for drawing
     /labels         (sum of H * W,)   uint8    full-size label maps: 0 background, k + 1 = text k, 255 ignored
     /label_offsets  (N + 1,)          int64    map i is labels[o[i]:o[i + 1]].reshape(sizes[i])
+    /crc            (N, 7)            uint32   CRC-32 of the image's part of each dataset, in the order of SUMMED below
 
 Root attributes: `format`, `texts` (JSON), `embedding` (JSON: [C, h, w]), `frame`, `patch_size`, and what the
 writing script adds: numbers and strings as they are, anything else as JSON.
@@ -24,6 +25,9 @@ HDF5 never opens it for writing again. An entry's bytes go straight to the offse
 synced, and only then is its `done` byte set. So a kill can neither damage HDF5's own structures nor leave a
 half-written entry that counts as whole. Once the file exists, several processes may write different images.
 Needs `os.pwrite` (Linux, macOS, WSL).
+
+What a disk or a copy damaged is not computed with: HDF5 keeps checksums of its own structures (readers need HDF5
+1.10 or newer), and each image's part of a dataset is compared with its CRC when it is first read.
 """
 
 import errno
@@ -32,6 +36,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +51,14 @@ FORMAT = 1  # raised whenever the schema above changes
 PICTURE = 256  # side of /pictures, pixels
 IGNORE = 255
 CHUNKED = ("embeddings", "maps", "truth_grid", "pictures")  # one image a chunk; the others are contiguous
-ENTRY = (*CHUNKED, "truth_centres", "present", "labels", "done")  # what is written image by image
+SUMMED = (*CHUNKED, "truth_centres", "present", "labels")
+ENTRY = (*SUMMED, "crc", "done")  # what is written image by image
 NOT_COMPARED = ("time", "versions")  # attributes in which a resumed run may differ from the file
 MEND = "set another RUN_DIR or FEATURES, or delete the file"
+AGAIN = "delete it and run 01_cache_features.py again"
+WRITTEN = {  # attributes that the other stages read, beside the layout's own
+    "task": str, "branch": str, "sam": str, "sam_fingerprint": str, "clip": str, "clip_fingerprint": str,
+    "clip_size": int, "image_size": int, "precision": str}
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ def _schema(n: int, k: int, embedding: Sequence[int], p: int, pixels: int, s: in
         "pictures": ((n, PICTURE, PICTURE, 3), "u1"),
         "labels": ((pixels,), "u1"),
         "label_offsets": ((n + 1,), "<i8"),
+        "crc": ((n, len(SUMMED)), "<u4"),
     }
     return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in schema.items()}
 
@@ -132,8 +143,12 @@ def _known(layout: Layout) -> dict[str, np.ndarray]:
         "split": np.array([split.encode() for split in layout.splits]),
         "sizes": sizes,
         "shots": np.array(layout.shots, "<i4").reshape(-1, 2),
-        "label_offsets": np.concatenate([[0], sizes.prod(1, dtype=np.int64).cumsum()]).astype("<i8"),
+        "label_offsets": _label_offsets(sizes),
     }
+
+
+def _label_offsets(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], sizes.prod(1, dtype=np.int64).cumsum()]).astype("<i8")
 
 
 def _attributes(layout: Layout, attributes: dict) -> dict:
@@ -145,7 +160,7 @@ def _attributes(layout: Layout, attributes: dict) -> dict:
 
 
 def _stored_attributes(file: h5py.File) -> dict:
-    return {key: v.item() if isinstance(v, np.generic) else v for key, v in file.attrs.items()}
+    return {key: v.tolist() if isinstance(v, (np.generic, np.ndarray)) else v for key, v in file.attrs.items()}
 
 
 def create(path: Path, layout: Layout, attributes: dict) -> None:
@@ -160,7 +175,7 @@ def create(path: Path, layout: Layout, attributes: dict) -> None:
         if needed > free:
             raise UserError(f"{path} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
                             "make room, or set RUN_DIR or FEATURES to a place on another disk")
-        with h5py.File(unfinished, "w") as file:
+        with h5py.File(unfinished, "w", libver="v110") as file:  # from which version on HDF5 checks its own structures
             file.attrs.update(_attributes(layout, attributes))
             for name, values in {**known, "done": np.zeros(n, np.uint8)}.items():
                 if values.dtype.kind == "S":
@@ -174,8 +189,10 @@ def create(path: Path, layout: Layout, attributes: dict) -> None:
             _reserve(file.fileno(), os.path.getsize(unfinished))
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be created ({error}): set another RUN_DIR or FEATURES") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: h5py's where it cannot write as it closes the file
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else "it cannot be written to its end"
+        raise UserError(f"{path} cannot be created ({reason}): make room, or set another RUN_DIR or "
+                        "FEATURES") from error
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -200,23 +217,54 @@ def _reserve(fd: int, size: int) -> None:
 
 
 def _open(path: Path) -> h5py.File:
-    """Open a cache for reading. Raises UserError naming the file where its datasets do not fit each other."""
-    mend = "delete it and run 01_cache_features.py again"
+    """Open a cache for reading. Raises UserError naming the file where its parts do not fit each other."""
     try:
         file = h5py.File(path, "r")
         stored, n = _stored_attributes(file), len(file["names"])
         if stored["format"] != FORMAT:
-            raise UserError(f"{path} has cache format {stored['format']}, this code reads {FORMAT}: {mend}")
-        texts, embedding = len(json.loads(stored["texts"])), json.loads(stored["embedding"])
-        p, pixels = (stored["frame"] // stored["patch_size"]) ** 2, int(file["label_offsets"][-1])
-        for name, (shape, dtype) in _schema(n, texts, embedding, p, pixels, len(file["shots"])).items():
+            raise UserError(f"{path} has cache format {stored['format']}, this code reads {FORMAT}: {AGAIN}")
+        texts, embedding = json.loads(stored["texts"]), json.loads(stored["embedding"])
+        frame, patch = stored["frame"], stored["patch_size"]
+        _require(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts),
+                 "texts are no texts")
+        _require(isinstance(frame, int) and isinstance(patch, int) and 0 < patch <= frame and frame % patch == 0,
+                 f"PATCH_SIZE={patch} does not divide a frame of {frame}")
+        p, pixels = (frame // patch) ** 2, int(file["label_offsets"][-1])
+        for name, (shape, dtype) in _schema(n, len(texts), embedding, p, pixels, len(file["shots"])).items():
+            if name == "crc" and name not in file:
+                continue  # written before there were CRCs
             if (file[name].shape, file[name].dtype) != (shape, dtype):
                 raise ValueError(f"/{name} is {file[name].dtype} {file[name].shape} and not {dtype} {shape}")
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        sizes, shots, split = (file[name][:] for name in ("sizes", "shots", "split"))
+        _require((sizes > 0).all() and np.array_equal(file["label_offsets"][:], _label_offsets(sizes)),
+                 "/sizes and /label_offsets contradict each other")
+        _require(len(split) == n and set(split) <= {b"train", b"test"}, "/split holds another word than train and test")
+        _require((shots >= 0).all() and (shots < (n, len(texts))).all() and (split[shots[:, 0]] == b"train").all()
+                 and len(np.unique(shots, axis=0)) == len(shots),
+                 "/shots names other than training samples, or one twice")
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         if getattr(error, "errno", None):  # the system's complaint, not HDF5's
             raise UserError(f"{path} cannot be opened ({os.strerror(error.errno)}): {MEND}") from error
-        raise UserError(f"{path} is damaged or not a feature cache ({error}): {mend}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged or not a feature cache ({reason}): {AGAIN}") from error
     return file
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def _require_attributes(path: Path, stored: dict) -> None:
+    """Raises UserError naming the first attribute that a stage reads and that is missing, or of no sense."""
+    fits = {name: isinstance(stored.get(name), kind) for name, kind in WRITTEN.items()}
+    fits |= {"branch": stored.get("branch") in ("implicit", "explicit"),
+             "precision": stored.get("precision") in ("fp32", "bf16"),
+             "image_size": stored.get("image_size") == stored["frame"],
+             "clip_size": fits["clip_size"] and stored["clip_size"] > 0}
+    if wrong := [name for name, fit in fits.items() if not fit]:
+        raise UserError(f"{path} is damaged or not a feature cache (its attribute {wrong[0]} is "
+                        f"{stored.get(wrong[0])}): {AGAIN}")
 
 
 @dataclass
@@ -250,22 +298,28 @@ class Cache:
         self.grid: tuple[int, int] = file["embeddings"].shape[2:]  # h, w
         self._names = [os.fsdecode(name) for name in file["names"][:]]
         self._sizes, self._offsets = file["sizes"][:], file["label_offsets"][:]
+        self._crc = file["crc"][:] if "crc" in file else None
+        self._compared: set[tuple[str, int]] = set()  # dataset and image; once is enough, and reading is to be fast
 
     @classmethod
     def open(cls, path: Path, task: str | None = None, maker: str = "01_cache_features.py") -> "Cache":
         """Raises UserError where the file is missing, damaged, incomplete, or of another task than `task`.
 
+        task: None for a cache that no stage wrote, and that need not hold the attributes which the stages read.
         maker: the command that writes it, for those sentences.
         """
         if not path.exists():
             raise UserError(f"{path} does not exist: run {maker} first")
         file = _open(path)
-        cached, done = file.attrs.get("task"), file["done"][:] == 1
+        stored, done = _stored_attributes(file), file["done"][:] == 1
+        cached = stored.get("task")
         if task is not None and cached != task:
             raise UserError(f"{path} holds features of {cached}, not {task}: set TASK, RUN_DIR or FEATURES")
         if not done.all():
             raise UserError(f"{path} lacks {(~done).sum()} of its {len(done)} images: run "
                             f"{maker} first, it goes on where it stopped")
+        if task is not None:
+            _require_attributes(path, stored)
         return cls(path, file)
 
     def identity(self) -> str:
@@ -275,11 +329,18 @@ class Cache:
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def samples(self, split: str) -> np.ndarray:
-        """int64 (S, 2). "train": the drawn shots; "test": each test image with each text present in it."""
+        """int64 (S, 2). "train": the drawn shots; "test": each test image with each text present in it.
+
+        Raises UserError where there is no such test image.
+        """
         if split == "train":
             return self.file["shots"][:].astype(np.int64)
-        in_split = self.file["split"][:] == split.encode()
-        return np.argwhere(in_split[:, None] & (self.file["present"][:] == 1))
+        present = np.stack([self._compare("present", row, texts) for row, texts in enumerate(self.file["present"][:])])
+        samples = np.argwhere((self.file["split"][:] == split.encode())[:, None] & (present == 1))
+        if not len(samples):
+            raise UserError(f"{self.path} holds no {split} image with {' or '.join(self.texts)} in it: look whether the "
+                            "masks hold what TASK names, and run 01_cache_features.py into another RUN_DIR")
+        return samples
 
     def training_set(self, shots: int, rounds: int, device: torch.device) -> "TrainingSet":
         """The first `shots` drawn samples (0: all) on `device`; a smaller draw is part of every larger one (Table 10).
@@ -287,7 +348,7 @@ class Cache:
         Raises UserError where there are fewer, or where one has fewer than `rounds` patches to choose from.
         """
         samples = self.samples("train")
-        if shots > len(samples):
+        if max(shots, 1) > len(samples):
             raise UserError(f"SHOTS={shots} is more than the {len(samples)} samples drawn in {self.path}: set it lower, or "
                             "run stage 1 with more SHOTS into another RUN_DIR")
         samples = samples[:shots or None]
@@ -303,30 +364,31 @@ class Cache:
                            torch.from_numpy(self.file["present"][:][samples[:, 0]] == 1), centres.to(device),
                            [self.labels(sample) for sample in samples])
 
+    def _compare(self, dataset: str, row: int, values: np.ndarray) -> np.ndarray:
+        """`values`, one image's part of a dataset. Raises UserError where they are not what was written."""
+        if self._crc is not None and (dataset, row) not in self._compared:
+            if zlib.crc32(values) != self._crc[row, SUMMED.index(dataset)]:
+                raise UserError(f"{self.path} is damaged (/{dataset} of {self._names[row]} is not what was written): "
+                                f"{AGAIN}")
+            self._compared.add((dataset, row))
+        return values
+
     def embedding(self, rows: Sequence[int]) -> torch.Tensor:
-        """float16 (B, C, h, w): F of these images. Raises UserError naming an image whose F is not finite."""
+        """float16 (B, C, h, w): F of these images."""
         dataset = self.file["embeddings"]
         entries = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
         for index, row in enumerate(rows):
             dataset.read_direct(entries, int(row), index)
-            # NaN and infinity are the float16 whose bits without the sign are 0x7C00 or more; isfinite takes 20 times longer
-            if (entries[index].view(np.uint16) & 0x7FFF).max() >= 0x7C00:
-                raise UserError(f"{self.path}: the embedding of {self._names[row]} holds NaN or infinite "
-                                "values: delete the file and run 01_cache_features.py again")
+            self._compare("embeddings", int(row), entries[index])
         return torch.from_numpy(entries)
 
     def embeddings(self, samples: np.ndarray) -> torch.Tensor:
-        """float16 (B, C, h, w): F of the samples' images; see `embedding`."""
+        """float16 (B, C, h, w): F of the samples' images."""
         return self.embedding([row for row, _ in samples])
 
     def maps(self, samples: np.ndarray) -> torch.Tensor:
-        """float32 (B, h, w) in [0, 1]: M_c of each sample's own text. Raises UserError naming an image without one."""
-        maps = self._pairs("maps", samples).float()
-        for sample, entry in zip(samples, maps):
-            if not entry.isfinite().all():
-                raise UserError(f"{self.path}: the CLIP map of {self.name(sample)} holds NaN or infinite values: delete "
-                                "the file and run 01_cache_features.py again")
-        return maps
+        """float32 (B, h, w) in [0, 1]: M_c of each sample's own text."""
+        return self._pairs("maps", samples).float()
 
     def truth_grid(self, samples: np.ndarray) -> torch.Tensor:
         """float32 (B, h, w): see `truth_on_grid`."""
@@ -338,17 +400,19 @@ class Cache:
 
     def _pairs(self, dataset: str, samples: np.ndarray) -> torch.Tensor:
         # one by one: h5py's fancy indexing takes rising rows only
-        return torch.from_numpy(np.stack([self.file[dataset][int(row), int(text)] for row, text in samples]))
+        return torch.from_numpy(np.stack([self._compare(dataset, int(row), self.file[dataset][int(row)])[int(text)]
+                                          for row, text in samples]))
 
     def labels(self, sample: Sequence[int]) -> np.ndarray:
         """uint8 (H, W), the image's own size: 1 = the sample's text, 0 = anything else, 255 = ignored."""
         row, text = sample
-        flat = self.file["labels"][self._offsets[row] : self._offsets[row + 1]]
+        flat = self._compare("labels", int(row), self.file["labels"][self._offsets[row] : self._offsets[row + 1]])
         return _binary(flat.reshape(self._sizes[row]), text + 1)
 
     def picture(self, sample: Sequence[int]) -> np.ndarray:
         """uint8 (256, 256, 3), RGB: the squashed image."""
-        return self.file["pictures"][int(sample[0])]
+        row = int(sample[0])
+        return self._compare("pictures", row, self.file["pictures"][row])
 
     def name(self, sample: Sequence[int]) -> str:
         return self._names[sample[0]]
@@ -387,8 +451,9 @@ class CacheWriter:
         self.path, self.fd = path, os.open(path, os.O_RDWR)
         self.names, self.sizes = [os.fsdecode(name) for name in file["names"][:]], file["sizes"][:].tolist()
         self.frame, self.patch = int(file.attrs["frame"]), int(file.attrs["patch_size"])
-        self.rows = {name: (file[name].shape[1:], file[name].dtype) for name in ENTRY}
-        self.offsets = {name: _offsets(file, name) for name in ENTRY}
+        entry = [name for name in ENTRY if name in file]  # all, but in a file from before there were CRCs
+        self.rows = {name: (file[name].shape[1:], file[name].dtype) for name in entry}
+        self.offsets = {name: _offsets(file, name) for name in entry}
 
     @classmethod
     def open_or_create(cls, path: Path, layout: Layout, attributes: dict) -> "CacheWriter":
@@ -433,6 +498,8 @@ class CacheWriter:
         present = [len(texts) == 1 or (labels == k).any() for k in texts]
         entry["truth_grid"] = np.stack([truth_on_grid(labels, k, grid) for k in texts])
         entry["truth_centres"], entry["present"] = np.stack(centres), np.array(present, np.uint8)
+        if "crc" in self.rows:
+            entry["crc"] = np.array([zlib.crc32(np.ascontiguousarray(entry[dataset])) for dataset in SUMMED], "<u4")
         for dataset, values in entry.items():  # before the first byte: a wrong size would hit a neighbour
             shape, dtype = self.rows[dataset]
             shape = size if dataset == "labels" else shape
@@ -446,7 +513,10 @@ class CacheWriter:
     def _put(self, name: str, row: int, values: np.ndarray) -> None:
         data, offset = memoryview(values.tobytes()), self.offsets[name][row]
         while data:  # a signal may cut a write short
-            written = os.pwrite(self.fd, data, offset)
+            try:
+                written = os.pwrite(self.fd, data, offset)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error  # pwrite knows no name
             data, offset = data[written:], offset + written
 
     def close(self) -> None:

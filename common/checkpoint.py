@@ -2,6 +2,9 @@
 
 import csv
 import hashlib
+import io
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,25 +12,75 @@ import torch
 from common.errors import UserError
 from common.settings import write_atomic
 
+CONTENT = {"settings": dict, "finished": bool, "generator": torch.Tensor, "log": list}  # beside weights and optimisers
+SETTINGS = {"task": str, "branch": str, "seed": int, "shots": int, "rounds": int, "every_text": bool, "residual": float,
+            "features": str}  # that stages read
+
 
 def save(path: Path, content: dict) -> None:
     """Writes `content` (tensors, numbers, strings, and lists and dicts of them) so that no reader meets half of it."""
-    write_atomic(path, lambda temporary: torch.save(content, temporary))
+    buffer = io.BytesIO()  # given a path, torch.save reports a full disk as a RuntimeError without a reason
+    torch.save(content, buffer)
+    write_atomic(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
-def load(path: Path, stage: str) -> dict:
+def load(path: Path, stage: str, **further: type) -> dict:
     """The content saved at `path`, on the CPU; no code in the file is run.
 
-    Raises UserError where the file is missing (naming the `stage` command that makes it) or is not such a file.
+    further: names and types of what it must hold beside `CONTENT`.
+    Raises UserError where the file is missing (naming the `stage` command that makes it), is not such a file, does not
+    hold what it was written with, or holds numbers that are not finite.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: run {stage} first")
     try:
+        with zipfile.ZipFile(path) as parts:  # torch.load does not look at the checksums
+            if broken := parts.testzip():
+                raise ValueError(f"{broken} is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        content["settings"], content["finished"]
+        for held, kinds in ((content, CONTENT | further), (content["settings"], SETTINGS)):
+            if wrong := [name for name, kind in kinds.items() if not isinstance(held[name], kind)]:
+                raise ValueError(f"{wrong[0]} is no {kinds[wrong[0]].__name__}")
+        if content["settings"]["branch"] not in ("implicit", "explicit"):
+            raise ValueError("it is of no branch")
+        if not all(isinstance(value, (int, float)) for row in content["log"] for value in row.values()):
+            raise ValueError("the log does not hold numbers")
+        finite = all(tensor.isfinite().all() for tensor in _tensors(content))
     except Exception as error:  # which type it is depends on where in the file torch stumbles
         raise UserError(f"{path} is damaged or was not written by {stage}: delete it and run that again") from error
+    if not finite:
+        raise UserError(f"{path} holds NaN or infinite values: delete it and run {stage} again")
     return content
+
+
+def _tensors(content: object) -> Iterator[torch.Tensor]:
+    """Every tensor in `content`, however deep."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, (dict, list)):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(item)
+
+
+def restore(path: Path, content: dict, **parts: torch.nn.Module | torch.optim.Optimizer | torch.Generator) -> None:
+    """Puts what `load` read from `path` under their names into modules, optimisers and generators.
+
+    Raises UserError where it does not fit them.
+    """
+    try:
+        for name, part in parts.items():
+            if isinstance(part, torch.Generator):
+                part.set_state(content[name])
+                continue
+            part.load_state_dict(content[name])
+            if isinstance(part, torch.optim.Optimizer):  # which does not compare shapes itself
+                for weight, state in part.state.items():
+                    if any(value.shape not in ((), weight.shape) for value in state.values()):
+                        raise ValueError(f"the state of {name} is of another shape")
+    except Exception as error:  # PyTorch raises nearly anything here
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit the networks there are now ({type(error).__name__}: {reason}): delete it "
+                        "and run its stage again, or name another RUN_DIR") from error
 
 
 def require_same(path: Path, stored: dict, settings: dict) -> None:
@@ -67,7 +120,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     try:
         with open(path, newline="") as file:
             return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, csv.Error):
         return []
 
 

@@ -27,8 +27,11 @@ KINDS = {
 MENDS = {
     errno.ENOSPC: "there is no space left to write {}: free some disk space and run the same command again",
     errno.EDQUOT: "your disk quota does not let {} grow: free some space and run the same command again",
+    errno.EFBIG: "{} may not grow that large: raise the limit (ulimit -f) or choose a folder on another file system, and "
+                 "run the same command again",
     errno.EROFS: "{} lies on a read-only file system: choose a folder that can be written to",
     errno.EEXIST: "{} should be a folder, and a file has that name: move it away or choose another folder",
+    errno.ENOTDIR: "{} cannot be made, since a part of that path is a file: move it away or choose another folder",
     errno.EACCES: "there is no permission to open {}: change its permissions or choose another folder",
 }
 
@@ -229,10 +232,6 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         if error.filename in (None, str(temporary), temporary):
             error.filename = str(path)
         raise
-    except RuntimeError as error:  # PyTorch's zip writer reports a full disk without an errno
-        if "inline_container.cc" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # gone already, or the folder itself is what failed
             temporary.unlink()

@@ -7,6 +7,7 @@ writes tables.md, tables.json and the plots of Table 5 and Figure 7 into runs/<T
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -34,6 +35,10 @@ _SHOTS = (5, 20)  # Table 10, beside all 50
 _ROUNDS, _EPISODES = (5, 10, 20), (10, 25, 100)  # Figure 7, beside T = 15 and E = 50
 _QUICK = ("PICTURES=0", "GALLERY=0")
 _METRICS = ("mIoU", "F", "BER", "E", "MAE", "FR")
+_ABLATIONS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")
+_ALL = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")  # of ROWS=all, what a table cannot do without
+_CONTENT = {"task": str, "sam": str, "clip": str, "branch": str, "images": int, "rows": dict, "iou_per_round": dict,
+            "foreground_rate_attainable": float}
 
 
 def run_stages(task: str, folder: Path, seed: int, evaluation: list[str], agent: list[str] | None = None,
@@ -54,7 +59,32 @@ def run_stages(task: str, folder: Path, seed: int, evaluation: list[str], agent:
         if agent is not None:
             run_script("03_train_agent.py", *same, *agent)
         run_script("04_evaluate.py", *same, f"RESULTS={results}", *evaluation)
-    return json.loads((folder / results).read_text())
+    rows = next(constant for constant in evaluation if constant.startswith("ROWS=")).removeprefix("ROWS=")
+    return read_results(folder / results, task, _ALL if rows == "all" else tuple(rows.split(",")))
+
+
+def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
+    """What stage 4 wrote to `path`. Raises UserError where it is damaged, of another task, or lacks one of `rows`."""
+    try:
+        content = json.loads(path.read_text())
+        for name, kind in _CONTENT.items():
+            if not isinstance(content[name], kind):
+                raise ValueError(f"{name} is no {kind.__name__}")
+        metrics = [content["rows"][row][name] for row in content["rows"] for name in _METRICS if name != "FR"]
+        metrics += [score["FR"] for score in content["rows"].values() if "FR" in score]
+        metrics += [scores["mIoU"] for row in content["rows"].values() for scores in row.get("per_class", {}).values()]
+        metrics += [value for row in content["rows"] for value in content["iou_per_round"][row]]
+        if not all(map(math.isfinite, [*metrics, content["foreground_rate_attainable"]])):
+            raise ValueError("a figure is not finite")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise settings.UserError(f"{path} is damaged or was not written by 04_evaluate.py ({type(error).__name__}: "
+                                 f"{error}): delete it and run the same command again") from error
+    if content["task"] != task:
+        raise settings.UserError(f"{path} holds results of {content['task']}, not {task}: move it away and run the "
+                                 "same command again")
+    if missing := [row for row in rows if row not in content["rows"]]:
+        raise settings.UserError(f"{path} lacks the row {missing[0]}: delete it and run the same command again")
+    return content
 
 
 def run_script(script: str, *constants: str) -> None:
@@ -120,12 +150,11 @@ def main() -> None:
         add(name, {row: {column: pooled(runs)[row]["mIoU"] for column, runs in runs_of.items()} for row in rows}, paper)
 
     rows = pooled(base)
-    ablations = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")
-    add("Tables 2 and 3: the method and its ablations", {row: rows[row] for row in ablations}, "rows")
+    add("Tables 2 and 3: the method and its ablations", {row: rows[row] for row in _ABLATIONS}, "rows")
     if "per_class" in base[0]["rows"]["AlignSAM"]:
         add("Table 3: IoU per class", {row: {label: spread([run["rows"][row]["per_class"][label]["mIoU"] for run in base])
-                                             for label in base[0]["rows"][row]["per_class"]} for row in ablations}, "classes")
-    add("Baselines and bounds", {row: rows[row] for row in rows if row == "AlignSAM" or row not in ablations})
+                                             for label in base[0]["rows"][row]["per_class"]} for row in _ABLATIONS}, "classes")
+    add("Baselines and bounds", {row: rows[row] for row in rows if row == "AlignSAM" or row not in _ABLATIONS})
     labels = {"RL + SRM": "AlignSAM", "RL + CLIP-Surgery map": "labels: CLIP Surgery", "RL + last SAM mask": "labels: last mask",
               "RL only (all positive)": "w/o SRM"}
     add("Table 8: source of the labels", {name: {"mIoU": rows[row]["mIoU"]} for name, row in labels.items()}, "labels")

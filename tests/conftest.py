@@ -33,10 +33,8 @@ def run(folder: Path, script: str, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(script, *more), cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="session")
-def workplace(tmp_path_factory) -> Path:
-    """A folder with a data set of 10 training and 6 test images, with one run of all stages in runs/folder."""
-    folder = tmp_path_factory.mktemp("stages")
+def draw_data(folder: Path) -> None:
+    """Draws a data set of 10 training and 6 test images into folder/data."""
     for split, count in (("train", 10), ("test", 6)):
         for kind in ("images", "masks"):
             (folder / "data" / split / kind).mkdir(parents=True)
@@ -46,6 +44,13 @@ def workplace(tmp_path_factory) -> Path:
             Image.fromarray(scene.image).resize(size).save(folder / "data" / split / "images" / f"{index}.jpg")
             mask = Image.fromarray(scene.labels("saliency") * 255).resize(size, Image.NEAREST)
             mask.save(folder / "data" / split / "masks" / f"{index}.png")
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with the small data set, and one undisturbed run of all stages in runs/folder."""
+    folder = tmp_path_factory.mktemp("stages")
+    draw_data(folder)
     for script in STAGES:
         done = run(folder, script)
         assert done.returncode == 0, done.stderr

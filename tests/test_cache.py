@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.cache import Cache, CacheWriter, Layout, bytes_per_image, truth_at_centres, truth_on_grid
+from common.cache import SUMMED, Cache, CacheWriter, Layout, bytes_per_image, truth_at_centres, truth_on_grid
 from common.errors import UserError
 
 LAYOUT = Layout(
@@ -27,8 +27,10 @@ LAYOUT = Layout(
     frame=800,
     patch=80,
 )
-ATTRIBUTES = {"task": "sbu", "sam": "vit_h", "seed": 0, "versions": {"torch": "2.6"}, "time": "then"}
-WRITES = 8  # calls of os.pwrite for an entry: seven arrays and the flag
+ATTRIBUTES = {
+    "task": "sbu", "branch": "explicit", "sam": "vit_h", "sam_fingerprint": "0a", "clip": "demo",
+    "clip_fingerprint": "1b", "clip_size": 192, "image_size": 800, "precision": "fp32", "seed": 0, "versions": {"torch": "2.6"}, "time": "then"}
+WRITES = 9  # calls of os.pwrite for an entry: seven arrays, their CRCs and the flag
 
 
 def entry(row: int) -> dict[str, np.ndarray]:
@@ -230,7 +232,7 @@ def test_other_images_samples_or_texts_are_a_contradiction(complete, field, valu
 
 def test_too_little_space_is_said_before_anything_is_written(path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    layout = replace(LAYOUT, embedding=(256, 64, 64), texts=["shadow"])
+    layout = replace(LAYOUT, embedding=(256, 64, 64), texts=["shadow"], shots=[(2, 0), (0, 0)])
     needed = sum(bytes_per_image((256, 64, 64), 1, size) for size in LAYOUT.sizes)
     monkeypatch.setattr(shutil, "disk_usage", lambda where: usage(0, 0, needed - 1))
     with pytest.raises(UserError, match=r"features.h5 needs 0.01 GB and its disk has 0.01 GB free: "):
@@ -347,11 +349,36 @@ def test_values_that_are_not_finite_are_refused_with_the_images_name(path, array
 
 def test_an_embedding_that_went_bad_on_the_disk_is_named_when_it_is_read(complete):
     with h5py.File(complete, "r+") as file:
-        file["embeddings"][1, 0, 0, 0] = np.nan
+        file["embeddings"][1, 0, 0, 0] += 1
     opened = Cache.open(complete)
     assert opened.embedding([0, 2, 3]).isfinite().all()
-    with pytest.raises(UserError, match=r"features.h5: the embedding of naïve holds NaN"):
+    with pytest.raises(UserError, match=r"features.h5 is damaged \(/embeddings of naïve is not what was written\)"):
         opened.embeddings(np.array([[0, 0], [1, 0]]))
+
+
+@pytest.mark.parametrize("dataset", SUMMED)
+def test_a_single_bit_that_went_bad_in_any_dataset_is_noticed(complete, dataset):
+    with CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES) as writer:
+        place = writer.offsets[dataset][1] + 1
+    content = bytearray(complete.read_bytes())
+    content[place] ^= 4
+    complete.write_bytes(content)
+    opened, samples = Cache.open(complete), np.array([[0, 0], [1, 0]])
+    read = {"embeddings": opened.embeddings, "maps": opened.maps, "truth_grid": opened.truth_grid,
+            "truth_centres": opened.truth_centres, "present": lambda _: opened.samples("test"),
+            "labels": lambda _: opened.labels(samples[1]), "pictures": lambda _: opened.picture(samples[1])}[dataset]
+    with pytest.raises(UserError, match=f"/{dataset} of naïve is not what was written"):
+        read(samples)
+
+
+def test_a_cache_from_before_there_were_crcs_is_read_and_filled(complete, path):
+    with h5py.File(complete, "r+") as file:
+        del file["crc"]
+        file["done"][2] = 0
+        file["pictures"][2] = 0
+    write(path)
+    assert assert_done_entries_are_whole(path) == 4
+    assert np.array_equal(Cache.open(path).picture((2, 0)), entry(2)["picture"])
 
 
 def test_a_label_map_of_another_size_names_the_image(path):
@@ -422,7 +449,7 @@ def test_names_pictures_texts_and_attributes_come_back(complete):
 
 
 def test_one_vit_h_image_takes_the_bytes_of_its_arrays():
-    arrays = 256 * 64 * 64 * 2 + 2 * 64 * 64 * 2 + 100 + 1 + 256 * 256 * 3 + 300 * 400 + 2 * 4 + 1 + 2 * 8
+    arrays = 256 * 64 * 64 * 2 + 2 * 64 * 64 * 2 + 100 + 1 + 256 * 256 * 3 + 300 * 400 + 2 * 4 + 1 + 2 * 8 + 7 * 4
     assert bytes_per_image((256, 64, 64), 1, (300, 400)) == arrays
 
 
@@ -482,12 +509,61 @@ def test_the_identity_tells_caches_apart_by_what_made_them_and_not_by_when(compl
     assert identity("other.h5", sam="vit_b") != same
 
 
-def test_a_map_that_went_bad_on_the_disk_is_refused_with_the_images_name(complete):
+def changed(complete: Path, change) -> Path:
     with h5py.File(complete, "r+") as file:
-        values = file["maps"][1]
-        values[0, 0, 0] = np.nan
-        file["maps"][1] = values
-        names = [name.decode() for name in file["names"][:]]
-    cache = Cache.open(complete)
-    with pytest.raises(UserError, match=f"the CLIP map of {names[1]} holds NaN"):
-        cache.maps(np.array([[0, 0], [1, 0]]))
+        change(file)
+    return complete
+
+
+@pytest.mark.parametrize("dataset, place, value, said", [
+    ("label_offsets", 1, -1, "/sizes and /label_offsets contradict each other"),
+    ("label_offsets", 2, 1, "/sizes and /label_offsets contradict each other"),
+    ("sizes", (0, 0), -7, "/sizes and /label_offsets contradict each other"),
+    ("shots", (0, 0), 4, "/shots names other than training samples"),
+    ("shots", (0, 1), -1, "/shots names other than training samples"),
+    ("shots", (0, 0), 1, "/shots names other than training samples"),  # a test image
+    ("shots", 1, (2, 0), "or one twice"),
+    ("split", 0, b"tset", "/split holds another word"),
+])
+def test_sizes_and_shots_that_make_no_sense_are_refused(complete, dataset, place, value, said):
+    changed(complete, lambda file: file[dataset].__setitem__(place, value))
+    with pytest.raises(UserError, match=f"features.h5 is damaged .*{said}.*delete it and run"):
+        Cache.open(complete)
+
+
+@pytest.mark.parametrize("name, value", [("branch", "both"), ("clip_size", 0), ("image_size", 400), ("sam", 3),
+                                         ("precision", "")])
+def test_an_attribute_that_makes_no_sense_is_named(complete, name, value):
+    changed(complete, lambda file: file.attrs.__setitem__(name, value))
+    with pytest.raises(UserError, match=f"features.h5 is damaged .*its attribute {name} is {value}"):
+        Cache.open(complete, "sbu")
+    changed(complete, lambda file: file.attrs.__delitem__(name))
+    with pytest.raises(UserError, match=f"features.h5 is damaged .*its attribute {name} is None"):
+        Cache.open(complete, "sbu")
+
+
+@pytest.mark.parametrize("frame, patch", [(800, 0), (0, 80), (800, -80), (800, 70), ("800", 80)])
+def test_a_patch_that_does_not_divide_the_frame_is_refused(complete, frame, patch):
+    changed(complete, lambda file: file.attrs.update(frame=frame, patch_size=patch))
+    with pytest.raises(UserError, match="features.h5 is damaged .*does not divide a frame"):
+        Cache.open(complete)
+
+
+def test_a_cache_without_any_test_sample_is_named(path):
+    layout = replace(LAYOUT, splits=["train"] * 4)
+    with CacheWriter.open_or_create(path, layout, ATTRIBUTES) as writer:
+        for row in writer.missing():
+            writer.write(row, **entry(row))
+    with pytest.raises(UserError, match="features.h5 holds no test image with shadow or glass in it"):
+        Cache.open(path).samples("test")
+
+
+def test_a_write_that_fails_names_the_file(path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
+        monkeypatch.setattr(os, "pwrite", refuse)
+        with pytest.raises(OSError) as failure:
+            writer.write(0, **entry(0))
+    assert failure.value.filename == str(path) and failure.value.errno == errno.EFBIG

@@ -13,7 +13,7 @@ from PIL import Image
 from common.errors import UserError
 from common.own_images import choose_texts, find_images, indexed, palette
 from common.standin.scenes import PALETTE, paths, write_scene
-from tests.test_stages import ROOT, run, workplace  # noqa: F401  (the fixture: a run of all stages)
+from tests.conftest import ROOT, run
 
 TINY = {
     "01_cache_features.py": ["SHOTS=12", "BATCH_SIZE=4"],

@@ -31,7 +31,8 @@ def scripts(monkeypatch, tmp_path):
             score = 0.4 + 0.1 * int(given["SEED"]) + (0.05 if "explicit" in str(folder) else 0)
             row = dict.fromkeys(("mIoU", "F", "BER", "E", "MAE", "FR"), score)
             (folder / given["RESULTS"]).write_text(json.dumps({
-                "sam": "demo", "clip": "demo", "branch": "implicit", "images": 240, "foreground_rate_attainable": 0.4,
+                "task": given["TASK"], "sam": "demo", "clip": "demo", "branch": "implicit", "images": 240,
+                "foreground_rate_attainable": 0.4,
                 "rows": {name: row for name in rows},
                 "iou_per_round": {name: [score + 0.01 * number for number in range(rounds + 1)] for name in rows}}))
 
@@ -93,3 +94,38 @@ def test_the_papers_figures_stand_beside_the_right_rows():
     assert paper_figures("shots", "sbu") is None and paper_figures("labels", "duts") is None
     table = results_table({"implicit": {"mIoU": (0.2, 0.01)}}, paper_figures("branches", "sbu"))
     assert "| implicit | 20.00 ± 1.00 | 19.40 |" in table and "| explicit (paper only) | – | 30.78 |" in table
+
+
+@pytest.fixture
+def results(scripts) -> Path:
+    """A file of results as stage 4 writes it."""
+    tables.run_script("04_evaluate.py", "TASK=sbu", "SEED=0", "ROWS=all", "RUN_DIR=.", "RESULTS=results.json")
+    return Path("results.json")
+
+
+def test_results_are_read_as_they_were_written(results):
+    assert tables.read_results(results, "sbu", ("AlignSAM", "PerSAM")) == json.loads(results.read_text())
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda content: content["rows"]["AlignSAM"].update(mIoU=float("nan")), "a figure is not finite"),
+    (lambda content: content["rows"]["AlignSAM"].update(mIoU="high"), "TypeError"),
+    (lambda content: content["rows"]["AlignSAM"].pop("mIoU"), "KeyError"),
+    (lambda content: content.update(rows=[]), "rows is no dict"),
+    (lambda content: content.update(iou_per_round={}), "KeyError"),
+    (lambda content: content.update(task="duts"), "holds results of duts, not sbu: move it away"),
+    (lambda content: content["rows"].pop("PerSAM"), "lacks the row PerSAM: delete it and run the same command again"),
+])
+def test_results_that_do_not_hold_what_the_tables_need_are_named(results, change, said):
+    content = json.loads(results.read_text())
+    change(content)
+    results.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"results.json .*{said}"):
+        tables.read_results(results, "sbu", ("AlignSAM", "PerSAM"))
+
+
+@pytest.mark.parametrize("stored", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_results_that_are_no_json_are_named(results, stored):
+    results.write_bytes(stored)
+    with pytest.raises(UserError, match="results.json is damaged or was not written by 04_evaluate.py"):
+        tables.read_results(results, "sbu", ())
