@@ -47,7 +47,7 @@ import torch
 
 from common.errors import UserError
 
-FORMAT = 1  # raised whenever the schema above changes
+FORMAT = 2  # raised whenever the schema above changes
 PICTURE = 256  # side of /pictures, pixels
 IGNORE = 255
 CHUNKED = ("embeddings", "maps", "truth_grid", "pictures")  # one image a chunk; the others are contiguous
@@ -231,8 +231,6 @@ def _open(path: Path) -> h5py.File:
                  f"PATCH_SIZE={patch} does not divide a frame of {frame}")
         p, pixels = (frame // patch) ** 2, int(file["label_offsets"][-1])
         for name, (shape, dtype) in _schema(n, len(texts), embedding, p, pixels, len(file["shots"])).items():
-            if name == "crc" and name not in file:
-                continue  # written before there were CRCs
             if (file[name].shape, file[name].dtype) != (shape, dtype):
                 raise ValueError(f"/{name} is {file[name].dtype} {file[name].shape} and not {dtype} {shape}")
         sizes, shots, split = (file[name][:] for name in ("sizes", "shots", "split"))
@@ -298,7 +296,7 @@ class Cache:
         self.grid: tuple[int, int] = file["embeddings"].shape[2:]  # h, w
         self._names = [os.fsdecode(name) for name in file["names"][:]]
         self._sizes, self._offsets = file["sizes"][:], file["label_offsets"][:]
-        self._crc = file["crc"][:] if "crc" in file else None
+        self._crc = file["crc"][:]
         self._compared: set[tuple[str, int]] = set()  # dataset and image; once is enough, and reading is to be fast
 
     @classmethod
@@ -358,15 +356,16 @@ class Cache:
             raise UserError(f"ROUNDS={rounds} is more than the {fewest} patches of one training sample: set it lower")
         texts = range(len(self.texts))
         every = [np.column_stack([samples[:, 0], np.full(len(samples), text)]) for text in texts]
-        return TrainingSet(samples, self.embeddings(samples).float().to(device), self.maps(samples).to(device),
-                           self.truth_grid(samples).to(device), torch.stack([self.maps(pairs) for pairs in every], 1).to(device),
-                           torch.stack([self.truth_grid(pairs) for pairs in every], 1).to(device),
-                           torch.from_numpy(self.file["present"][:][samples[:, 0]] == 1), centres.to(device),
-                           [self.labels(sample) for sample in samples])
+        every_map, every_truth = (torch.stack([read(pairs) for pairs in every], 1) for read in (self.maps, self.truth_grid))
+        return TrainingSet(
+            samples, self.embeddings(samples).float().to(device), self.maps(samples).to(device),
+            self.truth_grid(samples).to(device), every_map.to(device), every_truth.to(device),
+            torch.from_numpy(self.file["present"][:][samples[:, 0]] == 1), centres.to(device),
+            [self.labels(sample) for sample in samples])
 
     def _compare(self, dataset: str, row: int, values: np.ndarray) -> np.ndarray:
         """`values`, one image's part of a dataset. Raises UserError where they are not what was written."""
-        if self._crc is not None and (dataset, row) not in self._compared:
+        if (dataset, row) not in self._compared:
             if zlib.crc32(values) != self._crc[row, SUMMED.index(dataset)]:
                 raise UserError(f"{self.path} is damaged (/{dataset} of {self._names[row]} is not what was written): "
                                 f"{AGAIN}")

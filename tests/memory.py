@@ -47,7 +47,7 @@ def write_run(run_dir: Path, images: int) -> None:
         sizes=[_SIZE] * (_SHOTS + images), shots=[(row, 0) for row in range(_SHOTS)], texts=["blob"],
         embedding=(channels, *grid), frame=800, patch=80)
     made_of = {"task": "folder", "branch": "explicit", "sam": "demo", "sam_fingerprint": sam_fingerprint(sam),
-               "clip": "demo", "image_size": 800}
+               "clip": "demo", "clip_fingerprint": "", "clip_size": 192, "image_size": 800, "precision": "fp32"}
     random = np.random.default_rng(0)
     with cache.CacheWriter.open_or_create(run_dir / "features.h5", layout, made_of) as writer:
         for row in range(_SHOTS + images):
@@ -62,9 +62,10 @@ def write_run(run_dir: Path, images: int) -> None:
     torch.manual_seed(0)
     identity = cache.Cache.open(run_dir / "features.h5").identity()
     checkpoint.save(run_dir / "agent.pt", {
-        "settings": {"task": "folder", "branch": "explicit", "seed": 0, "shots": 0, "residual": 0.0, "features": identity},
+        "settings": {"task": "folder", "branch": "explicit", "seed": 0, "shots": 0, "rounds": ROUNDS, "every_text": False,
+                     "residual": 0.0, "features": identity},
         "actor": Actor(channels).state_dict(), "srm": build_srm("explicit", channels).state_dict(), "log": [],
-        "finished": True})
+        "generator": torch.Generator().get_state(), "finished": True})
 
 
 def peak(run_dir: Path) -> int:

@@ -371,16 +371,6 @@ def test_a_single_bit_that_went_bad_in_any_dataset_is_noticed(complete, dataset)
         read(samples)
 
 
-def test_a_cache_from_before_there_were_crcs_is_read_and_filled(complete, path):
-    with h5py.File(complete, "r+") as file:
-        del file["crc"]
-        file["done"][2] = 0
-        file["pictures"][2] = 0
-    write(path)
-    assert assert_done_entries_are_whole(path) == 4
-    assert np.array_equal(Cache.open(path).picture((2, 0)), entry(2)["picture"])
-
-
 def test_a_label_map_of_another_size_names_the_image(path):
     with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
         with pytest.raises(UserError, match=r"naïve is now \(5, 9\) pixels, but \(9, 5\) in"):

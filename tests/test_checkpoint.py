@@ -8,7 +8,8 @@ import torch
 from common import checkpoint
 from common.errors import UserError
 
-SETTINGS = {"task": "sbu", "branch": "implicit", "seed": 0, "shots": 0, "rounds": 15, "features": "0a"}
+SETTINGS = {"task": "sbu", "branch": "implicit", "seed": 0, "shots": 0, "rounds": 15, "every_text": False,
+            "residual": 0.0, "features": "0a"}
 
 
 def content(**changed) -> dict:
