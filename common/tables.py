@@ -21,16 +21,18 @@ matplotlib.use("Agg")  # files only, also where there is no screen
 import matplotlib.pyplot as plt
 
 from common import settings
+from common.cache import Cache
 from common.paper import paper_figures, results_table
 from common.tasks import get_task
 
 TASK = "demo_saliency"
 SEEDS = (0,)  # of training; three give the spread that the README states
-EXPERIMENTS = ("main", "branches", "iterations", "shots")  # main = AlignSAM and all rows beside it
+EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main = AlignSAM and all rows beside it; plus = AlignSAM+
 FIGURE7 = False  # also the sensitivity to T and E: six more trainings a seed
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
 _OTHER = {"implicit": "explicit", "explicit": "implicit"}
+_PLUS = ("RESIDUAL=0.5", "EVERY_TEXT=true")  # of stage 2: what makes AlignSAM+
 _SHOTS = (5, 20)  # Table 10, beside all 50
 _ROUNDS, _EPISODES = (5, 10, 20), (10, 25, 100)  # Figure 7, beside T = 15 and E = 50
 _QUICK = ("PICTURES=0", "GALLERY=0")
@@ -38,7 +40,7 @@ _METRICS = ("mIoU", "F", "BER", "E", "MAE", "FR")
 _ABLATIONS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")
 _ALL = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")  # of ROWS=all, what a table cannot do without
 _CONTENT = {"task": str, "sam": str, "clip": str, "branch": str, "images": int, "rows": dict, "iou_per_round": dict,
-            "foreground_rate_attainable": float}
+            "foreground_rate_attainable": float, "trained": dict}
 
 
 def run_stages(task: str, folder: Path, seed: int, evaluation: list[str], agent: list[str] | None = None,
@@ -60,7 +62,24 @@ def run_stages(task: str, folder: Path, seed: int, evaluation: list[str], agent:
             run_script("03_train_agent.py", *same, *agent)
         run_script("04_evaluate.py", *same, f"RESULTS={results}", *evaluation)
     rows = next(constant for constant in evaluation if constant.startswith("ROWS=")).removeprefix("ROWS=")
-    return read_results(folder / results, task, _ALL if rows == "all" else tuple(rows.split(",")))
+    content = read_results(folder / results, task, _ALL if rows == "all" else tuple(rows.split(",")))
+    asked = dict(constant.split("=", 1) for constant in (f"SEED={seed}", *(srm or ()), *(agent or ())))
+    require_asked(folder / results, content["trained"], asked | {"features": cache_identity(task)})
+    return content
+
+
+def cache_identity(task: str) -> str:
+    return Cache.open(Path("runs") / task / "features.h5", task).identity()
+
+
+def require_asked(path: Path, trained: dict, asked: dict[str, str]) -> None:
+    """Raises UserError where the run behind `path` was trained with other constants than `asked`, or from another cache."""
+    for name, value in asked.items():
+        stored = str(trained.get(name.lower())).lower()
+        if stored != value.lower():
+            other = "another features.h5 than the one there is now" if name == "features" else f"{name}={stored}, not {value}"
+            raise settings.UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete it, and run "
+                                     "the same command again")
 
 
 def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
@@ -124,8 +143,8 @@ def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str) -> None:
 
 
 def main() -> None:
-    if unknown := set(EXPERIMENTS) - {"main", "branches", "iterations", "shots"}:
-        raise settings.UserError(f"EXPERIMENTS names {unknown.pop()!r}: choose among main, branches, iterations, shots")
+    if unknown := set(EXPERIMENTS) - {"main", "plus", "branches", "iterations", "shots"}:
+        raise settings.UserError(f"EXPERIMENTS names {unknown.pop()!r}: choose among main, plus, branches, iterations, shots")
     task, out = get_task(TASK, "-"), Path("runs") / TASK
     if TASK.startswith("demo_"):  # ends at once where the cache is whole
         run_script("01_cache_features.py", f"TASK={TASK}", f"DEVICE={DEVICE}")
@@ -162,6 +181,12 @@ def main() -> None:
     add("Table 9: foreground rate", {"AlignSAM": {"FR": rows["AlignSAM"]["FR"], "mIoU": rows["AlignSAM"]["mIoU"]},
                                      "random": {"FR": rows["w/o RL"]["FR"], "mIoU": rows["w/o RL"]["mIoU"]},
                                      "attainable": {"FR": attainable}}, "foreground rate")
+
+    if "plus" in EXPERIMENTS:
+        plus = [run_stages(TASK, Path(f"{folder}-plus"), seed, ["ROWS=AlignSAM,w/o RL,w/o SRM,w/o MSI", *_QUICK], [], [*_PLUS])
+                for seed, folder in folders.items()]
+        add(f"AlignSAM+ ({' '.join(_PLUS)} in stage 2)", {"AlignSAM": rows["AlignSAM"]} | {
+            "AlignSAM+" if row == "AlignSAM" else f"AlignSAM+ {row}": scores for row, scores in pooled(plus).items()})
 
     if "branches" in EXPERIMENTS:
         other = _OTHER[task.branch]

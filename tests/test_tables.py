@@ -15,7 +15,7 @@ from common.paper import paper_figures, results_table
 def scripts(monkeypatch, tmp_path):
     """Stands in for the numbered scripts: keeps the commands, and writes results that depend on seed and constants."""
     monkeypatch.chdir(tmp_path)
-    commands = []
+    commands, trained = [], {}
 
     def run_script(script, *constants):
         given = dict(constant.split("=", 1) for constant in constants)
@@ -24,6 +24,9 @@ def scripts(monkeypatch, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         if script.startswith("02"):
             (folder / "srm.pt").write_text(given["SEED"])
+            trained[folder] = {}
+        if script.startswith(("02", "03")):
+            trained.setdefault(folder, {}).update({name.lower(): value for name, value in given.items()} | {"features": "0a"})
         if script.startswith("04"):
             rows = ["AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", "labels: CLIP Surgery", "labels: last mask", "PerSAM"]
             rows = rows if given["ROWS"] == "all" else given["ROWS"].split(",")
@@ -32,11 +35,12 @@ def scripts(monkeypatch, tmp_path):
             row = dict.fromkeys(("mIoU", "F", "BER", "E", "MAE", "FR"), score)
             (folder / given["RESULTS"]).write_text(json.dumps({
                 "task": given["TASK"], "sam": "demo", "clip": "demo", "branch": "implicit", "images": 240,
-                "foreground_rate_attainable": 0.4,
+                "foreground_rate_attainable": 0.4, "trained": trained.get(folder, {}),
                 "rows": {name: row for name in rows},
                 "iou_per_round": {name: [score + 0.01 * number for number in range(rounds + 1)] for name in rows}}))
 
     monkeypatch.setattr(tables, "run_script", run_script)
+    monkeypatch.setattr(tables, "cache_identity", lambda task: "0a")
     return commands
 
 
@@ -46,8 +50,8 @@ def test_the_tables_hold_mean_and_deviation_over_seeds_and_nothing_is_run_twice(
     first = len(scripts)
     stages = [stage for stage, _ in scripts]
     assert stages.count("01") == 1
-    assert stages.count("02") == stages.count("03") == 2 * 4  # per seed: main, the other branch, 5 and 20 shots
-    assert stages.count("04") == 2 * 5  # and 20 rounds
+    assert stages.count("02") == stages.count("03") == 2 * 5  # per seed: main, AlignSAM+, the other branch, 5 and 20 shots
+    assert stages.count("04") == 2 * 6  # and 20 rounds
     text = Path("runs/demo_saliency/tables.md").read_text()
     assert "| AlignSAM | 45.00 ± 7.07 |" in text  # 0.4 and 0.5, deviation 0.0707
     assert re.search(r"\| explicit \| 50.00 ± 7.07", text)
@@ -67,6 +71,7 @@ def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
     of = {(stage, Path(given.get("RUN_DIR", "")).name, given.get("RESULTS")): given for stage, given in scripts}
     assert of["02", "demo_saliency-seed0-explicit", None]["BRANCH"] == "explicit"
     assert of["02", "demo_saliency-seed0-shots5", None]["SHOTS"] == of["03", "demo_saliency-seed0-shots5", None]["SHOTS"] == "5"
+    assert of["02", "demo_saliency-seed0-plus", None]["RESIDUAL"] == "0.5"
     assert of["04", "demo_saliency-seed0", "T20.json"]["ROUNDS"] == "20"
     assert of["03", "demo_saliency-seed0-episodes100", None]["EPISODES"] == "100"
     assert of["03", "demo_saliency-seed0-rounds5", None]["ROUNDS"] == "5"
@@ -75,6 +80,19 @@ def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
     assert Path("runs/demo_saliency-seed0-rounds5/srm.pt").read_text() == "0"
     assert all(given["FEATURES"] == "runs/demo_saliency/features.h5" for stage, given in scripts if stage != "01")
     assert Path("runs/demo_saliency/figure7_episodes.png").exists()
+
+
+def test_results_of_another_cache_or_of_other_constants_are_not_taken_for_these(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("main", "branches"))
+    tables.main()
+    monkeypatch.setattr(tables, "cache_identity", lambda task: "0b")
+    with pytest.raises(UserError, match="seed0/results.json comes from a run with another features.h5"):
+        tables.main()
+    monkeypatch.setattr(tables, "cache_identity", lambda task: "0a")
+    path = Path("runs/demo_saliency-seed0-explicit/results.json")
+    path.write_text(path.read_text().replace('"branch": "explicit"', '"branch": "implicit"'))
+    with pytest.raises(UserError, match="explicit/results.json comes from a run with BRANCH=implicit, not explicit"):
+        tables.main()
 
 
 def test_real_data_without_a_cache_are_not_guessed_at(scripts, monkeypatch):
