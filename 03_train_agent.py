@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, settings
-from common.agent import Actor, Critic, gae, normalise, pick, policy, pool_state, ppo_update
+from common.agent import Actor, Critic, normalise, pick, policy, pool_state, ppo_update, returns
 from common.cache import Cache
 from common.episode import Episode, patch_centres, random_pixels, spatial_state
 from common.pictures import plot_curves
@@ -32,12 +32,6 @@ GAMMA = 0.99  # discount
 CLIP_RANGE = 0.20  # epsilon
 LEARNING_RATE = 1e-4  # Adam, of actor, critic and SRM
 
-# beyond the paper: off, or AlignSAM+ where the README says so
-GAE_LAMBDA = 1.0  # of generalised advantage estimation; 1 = Eq. 7
-ENTROPY_BONUS = 0.0  # its weight in the first episode, from where it falls to 0
-MINIBATCHES = 1  # optimiser steps an epoch; 1 = the whole roll-out at once
-REWARD = "foreground"  # +1 on foreground, -1 elsewhere; or "iou": what the new point adds to the mask's IoU
-
 # the SRM's share (section 3.3)
 SRM_STEPS = {"implicit": 1, "explicit": 5}  # q: optimiser steps after every action
 SRM_BATCH = 8  # samples of the roll-out in one such step; all of them cost over an hour a run on a CPU
@@ -48,22 +42,12 @@ FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
 
-def grid_iou(mask: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """(B,) IoU on the grid of M > 0.5 with y > 0.5, (B, h, w) each; cells without truth (-1) do not count."""
-    found, there = (mask > 0.5) & (truth >= 0), truth > 0.5
-    return (found & there).sum((1, 2)) / (found | there).sum((1, 2)).clamp(min=1)
-
-
 def main() -> None:
-    settings.positive(globals(), "EPISODES", "EPOCHS", "ROUNDS", "CLIP_RANGE", "LEARNING_RATE", "MINIBATCHES",
-                      "SRM_STEPS", "SRM_BATCH")
+    settings.positive(globals(), "EPISODES", "EPOCHS", "ROUNDS", "CLIP_RANGE", "LEARNING_RATE", "SRM_STEPS",
+                      "SRM_BATCH")
     if not 0 < GAMMA < 1:
         raise settings.UserError(f"GAMMA={GAMMA} is no discount: set it between 0 and 1")
-    settings.not_negative(globals(), "SEED", "SHOTS", "ENTROPY_BONUS")
-    if not 0 <= GAE_LAMBDA <= 1:
-        raise settings.UserError(f"GAE_LAMBDA={GAE_LAMBDA} is no weight: set it between 0 and 1")
-    if REWARD not in ("foreground", "iou"):
-        raise settings.UserError(f"REWARD={REWARD} is neither foreground nor iou: set one of them")
+    settings.not_negative(globals(), "SEED", "SHOTS")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
@@ -94,7 +78,6 @@ def main() -> None:
     learning = {"srm": srm, "actor": actor, "critic": critic, "ppo": ppo, "srm_optimizer": srm_optimizer}
     chosen = {"task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "episodes": EPISODES, "epochs": EPOCHS,
               "rounds": ROUNDS, "gamma": GAMMA, "clip_range": CLIP_RANGE, "learning_rate": LEARNING_RATE,
-              "gae_lambda": GAE_LAMBDA, "entropy_bonus": ENTROPY_BONUS, "minibatches": MINIBATCHES, "reward": REWARD,
               "every_text": every_text, "residual": residual, "srm_steps": SRM_STEPS[branch], "srm_batch": SRM_BATCH,
               "features": features.identity(), "srm": checkpoint.fingerprint(stage_2["srm"])}
     log, first = [], 1
@@ -122,7 +105,7 @@ def main() -> None:
         episode.prompt(random_pixels(shots.labels, generator, frame), torch.tensor([[1, 0]]).expand(len(shots.samples), 2))
 
         # T rounds: choose a patch, label it, ask SAM, collect the reward
-        masks, allowed, actions, log_probs, values, foreground, right = [], [], [], [], [], [], []
+        masks, allowed, actions, log_probs, values, rewards, right = [], [], [], [], [], [], []
         for _ in range(ROUNDS):
             with torch.no_grad():
                 state = episode.action_state()
@@ -135,36 +118,30 @@ def main() -> None:
             actions.append(action)
             log_probs.append(distribution.log_prob(action))
             values.append(critic(state).detach())
-            foreground.append(on_target.float())
+            rewards.append(on_target.float() * 2 - 1)  # +1 on foreground, -1 elsewhere
             right.append((answer == on_target).float().mean().item())
             srm_log.append(train_srm(episode))
             episode.step(action, answer)  # P_t, M_t
 
-        # rewards: +1 on foreground, -1 elsewhere
-        foreground = torch.stack(foreground)
-        ious = torch.stack([grid_iou(mask, truth) for mask in (*masks, episode.mask)])
-        rewards = foreground * 2 - 1 if REWARD == "foreground" else ious.diff(dim=0)
-
-        # Eqs. 6 and 7: advantages and returns, bootstrapped from s_{T+1} = F * M_T
-        values = torch.stack(values)
+        # Eqs. 6 and 7: returns bootstrapped from s_{T+1} = F * M_T, and advantages
+        rewards, values = torch.stack(rewards), torch.stack(values)
         with torch.no_grad():
-            advantages = gae(rewards, values, critic(episode.action_state()), GAMMA, GAE_LAMBDA)
-        targets = advantages + values
+            targets = returns(rewards, critic(episode.action_state()), GAMMA)
+        advantages = normalise(targets - values)
 
         # Eqs. 8 to 10: K epochs on the states, rebuilt from the masks straight to the action grid
         states = torch.cat([pool_state(spatial_state(embeddings, mask, residual), side) for mask in masks])
-        bonus = ENTROPY_BONUS * (1 - (number - 1) / EPISODES)
         update = ppo_update(actor, critic, ppo, states, torch.cat(actions), torch.cat(allowed), torch.cat(log_probs),
-                            targets.flatten(), normalise(advantages).flatten(), EPOCHS, CLIP_RANGE, bonus, MINIBATCHES,
-                            generator)
+                            targets.flatten(), advantages.flatten(), EPOCHS, CLIP_RANGE)
 
+        final = (episode.mask > 0.5) & (truth >= 0)
+        overlap = (final & (truth > 0.5)).sum((1, 2)) / (final | (truth > 0.5)).sum((1, 2)).clamp(min=1)
         srm_losses, srm_accuracies = zip(*srm_log)
         log.append({
             "episode": number, "return": rewards.sum(0).mean().item(),
-            "foreground_rate": foreground.mean().item(), **update, "label_accuracy": sum(right) / len(right),
+            "foreground_rate": (rewards > 0).float().mean().item(), **update, "label_accuracy": sum(right) / len(right),
             "srm_loss": sum(srm_losses) / len(srm_losses), "srm_accuracy": sum(srm_accuracies) / len(srm_accuracies),
-            "training_iou": ious[-1].mean().item(),
-            "seconds": time.time() - started})
+            "training_iou": overlap.mean().item(), "seconds": time.time() - started})
         settings.require_finite({name: log[-1][name] for name in ("policy_loss", "value_loss", "srm_loss")},
                                 f"in episode {number}")
         checkpoint.save(path, {"settings": chosen, "log": log, "generator": generator.get_state(),

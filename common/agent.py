@@ -69,23 +69,20 @@ def pick(distribution: Categorical, generator: torch.Generator) -> Tensor:
 
 
 def entropy(distribution: Categorical) -> Tensor:
-    """(B,) entropy in nats; torch's own is NaN where an action has probability 0, and so is its gradient."""
-    return -(distribution.probs * distribution.logits.clamp(min=torch.finfo(distribution.logits.dtype).min)).sum(-1)
+    """(B,) entropy in nats; torch's own is NaN where an action has probability 0."""
+    return -torch.where(distribution.probs > 0, distribution.probs * distribution.logits, 0.0).sum(-1)
 
 
-def gae(rewards: Tensor, values: Tensor, last_value: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages A_t, (T, B); the critic's targets are A_t + V(s_t).
+def returns(rewards: Tensor, last_value: Tensor, gamma: float) -> Tensor:
+    """Eq. 6: Q(s_t, a_t) = sum over k = t..T of gamma^(k-t) r_k, + gamma^(T-t+1) V(s_{T+1}).
 
-    rewards and values (T, B), values = V(s_t); last_value (B,) = V(s_{T+1}). With lam = 1 these are Eqs. 6 and 7:
-    A_t = Q(s_t, a_t) - V(s_t), Q(s_t, a_t) = sum over k = t..T of gamma^(k-t) r_k, + gamma^(T-t+1) V(s_{T+1}).
-    A smaller lam trusts the critic sooner: generalised advantage estimation (Schulman et al., arXiv 1506.02438).
+    rewards (T, B), last_value (B,) = V(s_{T+1}); returns (T, B).
     """
-    advantages, running, following = torch.empty_like(rewards), torch.zeros_like(last_value), last_value
+    targets, running = torch.empty_like(rewards), last_value
     for t in reversed(range(len(rewards))):
-        surprise = rewards[t] + gamma * following - values[t]
-        advantages[t] = running = surprise + gamma * lam * running
-        following = values[t]
-    return advantages
+        running = rewards[t] + gamma * running
+        targets[t] = running
+    return targets
 
 
 def normalise(advantages: Tensor) -> Tensor:
@@ -98,34 +95,29 @@ def normalise(advantages: Tensor) -> Tensor:
 
 
 def ppo_update(actor: Actor, critic: Critic, optimizer: torch.optim.Optimizer, states: Tensor, actions: Tensor,
-               allowed: Tensor, old_log_probs: Tensor, targets: Tensor, advantages: Tensor, epochs: int, clip_range: float,
-               entropy_bonus: float = 0.0, minibatches: int = 1, generator: torch.Generator | None = None) -> dict[str, float]:
-    """K epochs of updates on one roll-out (Eqs. 8 to 10); returns diagnostics of the last one.
+               allowed: Tensor, old_log_probs: Tensor, targets: Tensor, advantages: Tensor, epochs: int,
+               clip_range: float) -> dict[str, float]:
+    """K epochs of full-batch updates on one roll-out (Eqs. 8 to 10); returns diagnostics of the last epoch.
 
     states (N, C, g, g) pooled, actions (N,), allowed (N, A) bool, old_log_probs, targets and advantages (N,).
-    entropy_bonus: weight of the policy's entropy in nats. minibatches: parts of a roll-out, each an optimiser step;
-    1 = the whole roll-out in one, as it is. `generator` shuffles the parts.
     """
     states = states.contiguous(memory_format=torch.channels_last)  # as the norms read them: a seventh of the time saved
     for _ in range(epochs):
-        order = torch.randperm(len(states), generator=generator).to(states.device) if minibatches > 1 else slice(None)
-        for part in order.chunk(minibatches) if minibatches > 1 else (order,):
-            distribution = policy(actor(states[part]), allowed[part])
-            log_ratio = distribution.log_prob(actions[part]) - old_log_probs[part]
-            ratio = log_ratio.exp()  # Eq. 8, same action and state above and below the line
-            clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-            policy_loss = -torch.min(ratio * advantages[part], clipped * advantages[part]).mean()  # Eq. 9
-            values = critic(states[part])
-            value_loss = F.mse_loss(values, targets[part])  # Eq. 10
-            loss = policy_loss + value_loss - entropy_bonus * entropy(distribution).mean()
-            optimizer.zero_grad()
-            loss.backward()  # no parameter is shared, so the sum trains each by its own loss
-            optimizer.step()
+        distribution = policy(actor(states), allowed)
+        log_ratio = distribution.log_prob(actions) - old_log_probs
+        ratio = log_ratio.exp()  # Eq. 8, same action and state above and below the line
+        clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+        policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()  # Eq. 9
+        values = critic(states)
+        value_loss = F.mse_loss(values, targets)  # Eq. 10
+        optimizer.zero_grad()
+        (policy_loss + value_loss).backward()  # no parameter is shared, so the sum trains each by its own loss
+        optimizer.step()
     with torch.no_grad():
         return {
             "policy_loss": policy_loss.item(), "value_loss": value_loss.item(),
             "entropy": entropy(distribution).mean().item(),
             "kl": ((ratio - 1) - log_ratio).mean().item(),  # Schulman's estimator k3 of KL(old || new)
             "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean().item(),
-            "explained_variance": (1 - (targets[part] - values).var() / targets[part].var()).item(),
+            "explained_variance": (1 - (targets - values).var() / targets.var()).item(),
         }

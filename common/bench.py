@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import settings
-from common.agent import Actor, Critic, gae, normalise, policy, pool_state, ppo_update
+from common.agent import Actor, Critic, normalise, policy, pool_state, ppo_update, returns
 from common.cache import PICTURE, Cache, CacheWriter, Layout
 from common.episode import Episode, patch_centres
 from common.metrics import evaluate_mask
@@ -157,8 +157,8 @@ def episode(sam: Sam, folder: Path) -> Workload:
     def learn(nets: tuple, calls: int, states: Callable[[], Tensor], allowed: Tensor, log_probs: Tensor, values: Tensor,
               last: Tensor) -> Tensor:
         """All epochs in that many calls, each on what `states` gives it; returns the actor's weights."""
-        advantages = gae(rewards, values, last, _GAMMA, 1.0)
-        targets, advantages = advantages + values, normalise(advantages)
+        targets = returns(rewards, last, _GAMMA)
+        advantages = normalise(targets - values)
         for _ in range(calls):
             ppo_update(*nets, states(), actions.flatten(), allowed, log_probs, targets.flatten(), advantages.flatten(),
                        _EPOCHS // calls, _CLIP_RANGE)
