@@ -27,9 +27,11 @@ STEPS = 600  # optimiser steps
 SRM_BATCH = 8  # samples a step
 LEARNING_RATE = 1e-3  # Adam; stage 3 goes on at the paper's 1e-4
 ROUNDS = 15  # states have up to this many points beyond the start (T)
-EVERY_TEXT = False  # VOC: whether to learn from all classes labelled in the drawn images, not the drawn one alone (AlignSAM+)
-RESIDUAL = 0.0  # share of F that a state keeps where the mask is empty: 0 = the paper's F * M, 0.5 = AlignSAM+
 HELD_OUT = 100  # test samples on which accuracy is reported at the end; nothing is chosen by it
+
+# beyond the paper: RESIDUAL=0.5 EVERY_TEXT=true make AlignSAM+; stages 3 and 4 read both from srm.pt
+RESIDUAL = 0.0  # share r of F that a state keeps where the mask is empty, F * (r + (1 - r) M); 0 = the paper's F * M
+EVERY_TEXT = False  # VOC: learn from every class labelled in a drawn image, not from the drawn one alone
 
 # where it goes
 RUN_DIR = ""  # empty = runs/<TASK>
@@ -66,6 +68,8 @@ def accuracy(srm: torch.nn.Module, episode: Episode, truth: torch.Tensor) -> tup
 def main() -> None:
     settings.positive(globals(), "STEPS", "SRM_BATCH", "LEARNING_RATE", "ROUNDS", "HELD_OUT", "SAVE_EVERY", "LOG_EVERY")
     settings.not_negative(globals(), "SEED", "SHOTS")
+    if not 0 <= RESIDUAL <= 1:
+        raise settings.UserError(f"RESIDUAL={RESIDUAL} is no share: set it between 0 and 1")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
     features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
@@ -101,7 +105,7 @@ def main() -> None:
         reach_state(kind, episode, srm, [shots.labels[row] for row in rows], generator)
 
         # Eqs. 11 to 13: y_r from s_c and s_t, Dice + BCE against y on the grid
-        maps, truth = shots.other_texts(rows, generator) if EVERY_TEXT else (shots.maps[rows], shots.truth[rows])
+        maps, truth = shots.targets(rows, EVERY_TEXT, generator)
         s_c = episode.embeddings * maps[:, None]
         loss, _ = train_step(srm, optimizer, s_c, episode.state(), truth, generator)
         settings.require_finite({"the SRM's loss": loss}, f"in step {step} on " + ", ".join(

@@ -91,7 +91,7 @@ def main() -> None:
         """q steps of Eq. 13 on samples of the roll-out in their present state; the last loss and share of cells right."""
         for _ in range(SRM_STEPS[branch]):
             rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH].to(device)
-            maps, y = shots.other_texts(rows, generator) if every_text else (shots.maps[rows], truth[rows])
+            maps, y = shots.targets(rows, every_text, generator)
             s_c = embeddings[rows] * maps[:, None]
             last = train_step(srm, srm_optimizer, s_c, episode.state(rows), y, generator)
         return last

@@ -279,9 +279,9 @@ class TrainingSet:
     truth_centres: torch.Tensor  # y at the patch centres, uint8 (S, P)
     labels: list[np.ndarray]  # y, S uint8 (H, W)
 
-    def other_texts(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each of the rows (B,) one of the texts its image holds, drawn at random: M_c and y on the grid, (B, h, w)."""
-        if len(self.present[0]) == 1:
+    def targets(self, rows: torch.Tensor, every_text: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """M_c and y on the grid, (B, h, w) each, of the rows' own texts, or of any text their images hold, drawn at random."""
+        if not every_text or len(self.present[0]) == 1:
             return self.maps[rows], self.truth[rows]
         texts = torch.multinomial(self.present[rows.cpu()].float(), 1, generator=generator)[:, 0].to(rows.device)
         return self.every_map[rows, texts], self.every_truth[rows, texts]

@@ -418,6 +418,22 @@ def test_samples_are_read_in_the_order_asked_for(complete):
         assert np.array_equal(centres[i], truth_at_centres(expected["labels"], text + 1, 800, 80))
 
 
+def test_targets_are_the_samples_own_text_or_any_text_that_its_image_holds(complete):
+    shots = Cache.open(complete, "sbu").training_set(0, 1, torch.device("cpu"))
+    rows, generator = torch.tensor([0] * 40), torch.Generator().manual_seed(0)
+    own, truth = shots.targets(rows[:1], False, generator)
+    assert torch.equal(own[0], torch.from_numpy(entry(2)["maps"][0].astype(np.float16)).float())
+    assert torch.equal(truth[0], torch.from_numpy(truth_on_grid(entry(2)["labels"], 1, (4, 4))).float())
+    maps, truth = shots.targets(rows, True, generator)
+    first = [torch.equal(one, shots.every_map[0, 0]) for one in maps]
+    assert 5 < sum(first) < 35  # the image holds both texts
+    for one, y, is_first in zip(maps, truth, first):
+        text = 0 if is_first else 1
+        assert torch.equal(one, shots.every_map[0, text]) and torch.equal(y, shots.every_truth[0, text])
+    maps, _ = shots.targets(torch.tensor([1] * 20), True, generator)
+    assert all(torch.equal(one, shots.every_map[1, 0]) for one in maps)  # the other image holds the first text alone
+
+
 def test_a_samples_labels_are_its_own_text_against_the_rest(complete):
     labels, stored = Cache.open(complete).labels((2, 1)), entry(2)["labels"]
     assert labels.dtype == np.uint8 and labels.shape == (16, 12)
