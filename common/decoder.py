@@ -1,9 +1,8 @@
-"""SAM's mask decoder on a batch of different images, for the single mask, with all that does not depend on the points
-computed once per image.
+"""SAM's mask decoder for different images side by side, one mask each; what no point changes is computed once per image.
 
 Weights and layers are segment_anything's (`TwoWayTransformer`, `MaskDecoder`), and the results equal theirs to rounding.
-What differs is the work: the official decoder repeats one image for many prompts, projects the untouched image embedding
-in every call, adds the positional code to it each time, and upsamples for four masks.
+What differs is the work: the official decoder repeats one image for many prompts, projects the untouched embedding in
+every call, adds the positional code to it each time, and upsamples for four masks.
 """
 
 from typing import NamedTuple
@@ -49,8 +48,8 @@ class SingleMaskDecoder:
         keys = embeddings.flatten(2).transpose(1, 2) + self.no_mask
         block = self.transformer.layers[0]
         to_image, to_token = block.cross_attn_token_to_image, block.cross_attn_image_to_token
-        return ImageSide(keys, heads(to_image, self.with_pe(to_image.k_proj, keys)), heads(to_image, to_image.v_proj(keys)),
-                         heads(to_token, self.with_pe(to_token.q_proj, keys)))
+        k, v, q = self.with_pe(to_image.k_proj, keys), to_image.v_proj(keys), self.with_pe(to_token.q_proj, keys)
+        return ImageSide(keys, heads(to_image, k), heads(to_image, v), heads(to_token, q))
 
     @torch.no_grad()
     def decode(self, image: ImageSide, sparse: Tensor) -> tuple[Tensor, Tensor]:
