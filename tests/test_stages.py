@@ -123,6 +123,22 @@ def test_every_stage_killed_and_restarted_ends_like_an_undisturbed_run(workplace
     assert not list(killed.glob(".*")), "a temporary file was left behind"
 
 
+def test_stages_3_and_4_see_the_state_that_stage_2_chose(workplace):
+    folder, same = workplace / "runs/residual", ["RUN_DIR=runs/residual", "FEATURES=runs/folder/features.h5"]
+    for script, more in (("02_train_srm.py", ["RESIDUAL=0.5", "EVERY_TEXT=true"]), ("03_train_agent.py", []),
+                         ("04_evaluate.py", ["ROWS=AlignSAM"])):
+        done = run(workplace, script, *same, *more)
+        assert done.returncode == 0, done.stderr
+    trained = torch.load(folder / "agent.pt", weights_only=True)
+    assert trained["settings"]["residual"] == 0.5 and trained["settings"]["every_text"]
+    chosen = json.loads((folder / "results.json").read_text())
+    trained["settings"]["residual"] = 0.0  # the same networks in the paper's state
+    torch.save(trained, folder / "agent.pt")
+    assert run(workplace, "04_evaluate.py", *same, "ROWS=AlignSAM").returncode == 0
+    other = json.loads((folder / "results.json").read_text())
+    assert chosen["iou_per_round"] != other["iou_per_round"]
+
+
 @pytest.mark.parametrize("script, arguments, sentence", [
     ("02_train_srm.py", ["RUN_DIR=nowhere"], "run 01_cache_features.py TASK=folder RUN_DIR=nowhere first"),
     ("03_train_agent.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"], "run 02_train_srm.py TASK=folder RUN_DIR=nowhere FEATURES=runs/folder/features.h5 first"),
@@ -140,6 +156,7 @@ def test_every_stage_killed_and_restarted_ends_like_an_undisturbed_run(workplace
     ("04_evaluate.py", ["ROWS=AlignSAM,w/o luck"], "ROWS names 'w/o luck'"),
     ("04_evaluate.py", ["IMAGES=nowhere"], "IMAGES=nowhere is no folder"),
     ("02_train_srm.py", ["SEED=-1"], "SEED=-1 must be 0 or more"),
+    ("02_train_srm.py", ["RESIDUAL=2"], "RESIDUAL=2.0 is no share"),
     ("01_cache_features.py", ["RUN_DIR=new", "SHOTS=1"], "SHOTS=1 is too few"),
     ("02_train_srm.py", ["BRANCH=both", "RUN_DIR=new", "FEATURES=runs/folder/features.h5"], "neither implicit nor explicit"),
 ])
