@@ -207,7 +207,7 @@ def episode(sam: Sam, folder: Path) -> Workload:
 
     # Adam moves a weight by about the learning rate an epoch, by rounding's whim where its gradient is nearly 0
     return Workload(f"a PPO episode of {EPISODE_IMAGES} images (states stored, images one by one)", ours, reference,
-                    largest_difference, _EPOCHS * _LEARNING_RATE / 4)
+                    largest_difference, _EPOCHS * _LEARNING_RATE / 2)
 
 
 def cache(sam: Sam, folder: Path) -> Workload:
