@@ -1,6 +1,7 @@
 """Masks for images of one's own: a trained run on a folder without ground truth."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,12 +65,19 @@ def own_images(folder: Path) -> Path:
     return mine
 
 
-def test_every_readable_image_gets_a_mask_of_its_own_size_and_a_broken_one_is_named(workplace):  # noqa: F811
-    mine = own_images(workplace)
-    done = run(workplace, "04_evaluate.py", f"IMAGES={mine}")
+@pytest.fixture(scope="module")
+def trained(workplace) -> Path:
+    """The workplace with a copy of its run in runs/own, where masks may be written."""
+    shutil.copytree(workplace / "runs/folder", workplace / "runs/own")
+    return workplace
+
+
+def test_every_readable_image_gets_a_mask_of_its_own_size_and_a_broken_one_is_named(trained):
+    mine = own_images(trained)
+    done = run(trained, "04_evaluate.py", f"IMAGES={mine}", "RUN_DIR=runs/own")
     assert done.returncode == 1 and "1 of 6 files could not be read (broken.jpg)" in done.stderr
     assert "Traceback" not in done.stderr
-    out = workplace / "runs/folder/masks"
+    out = trained / "runs/own/masks"
     lines = {line["image"]: line for line in map(json.loads, (out / "masks.jsonl").read_text().splitlines())}
     sizes = {"turned.JPG": (60, 90), "grey.png": (90, 60), "narrow.webp": (17, 301), "same.gif": (90, 60), "same.bmp": (90, 60)}
     assert lines.keys() == sizes.keys()
@@ -84,18 +92,18 @@ def test_every_readable_image_gets_a_mask_of_its_own_size_and_a_broken_one_is_na
     assert lines["same.gif"]["mask"] != lines["same.bmp"]["mask"]
 
 
-def test_a_test_image_given_as_ones_own_gets_the_evaluations_prompts(workplace):  # noqa: F811
-    done = run(workplace, "04_evaluate.py", f"IMAGES={workplace / 'data/test/images'}", "RUN_DIR=runs/folder", "FEATURES=")
+def test_a_test_image_given_as_ones_own_gets_the_evaluations_prompts(trained):
+    done = run(trained, "04_evaluate.py", f"IMAGES={trained / 'data/test/images'}", "RUN_DIR=runs/own", "FEATURES=")
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (workplace / "runs/folder/masks/masks.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trained / "runs/own/masks/masks.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [f"{index}.jpg" for index in range(6)]
     from PIL import Image as Pillow
     ious = []
     for index in range(6):
-        mask = np.asarray(Pillow.open(workplace / f"runs/folder/masks/{index}.png")) > 0
-        truth = np.asarray(Pillow.open(workplace / f"data/test/masks/{index}.png")) > 127
+        mask = np.asarray(Pillow.open(trained / f"runs/own/masks/{index}.png")) > 0
+        truth = np.asarray(Pillow.open(trained / f"data/test/masks/{index}.png")) > 127
         ious.append((mask & truth).sum() / max((mask | truth).sum(), 1))
-    stored = json.loads((workplace / "runs/folder/results.json").read_text())["rows"]["AlignSAM"]["mIoU"]
+    stored = json.loads((trained / "runs/folder/results.json").read_text())["rows"]["AlignSAM"]["mIoU"]
     assert np.mean(ious) == pytest.approx(stored, abs=0.02)  # the cache holds float16
 
 
