@@ -54,7 +54,7 @@ def test_the_two_sides_come_to_the_same_result(whole, name):
     if name == "embed":
         assert 0.999 <= entry["figure"] <= 1.0001
     else:
-        assert 0 <= entry["figure"] <= {"prompt": 1e-3, "episode": 1e-4, "cache": 0, "metrics": 1e-12}[name]
+        assert 0 <= entry["figure"] <= {"prompt": 1e-3, "episode": 1e-5, "cache": 0, "metrics": 1e-12}[name]
 
 
 def test_a_roll_out_keeps_one_mask_where_the_reference_keeps_every_channel(whole):
@@ -69,9 +69,8 @@ def test_the_episode_trains_the_actor(tiny, monkeypatch):
     monkeypatch.setattr(bench, "_ROUNDS", 1)
     sides = bench.episode(stand_in().eval().requires_grad_(False), tiny)
     trained, _ = sides.ours()
-    torch.manual_seed(bench.SEED)
-    fresh = torch.cat([weight.flatten() for weight in bench.Actor(64).parameters()])
-    assert (trained - fresh).abs().max() > bench._EPOCHS * bench._LEARNING_RATE / 2
+    assert torch.allclose(trained.sum(1), torch.ones(len(trained)))
+    assert (trained - 1 / 100).abs().max() > 1e-4  # no longer the uniform policy that it starts as
 
 
 def test_sides_that_differ_are_marked_and_end_in_a_sentence(tiny, monkeypatch, capsys):
