@@ -106,7 +106,7 @@ def main() -> None:
 
         # Eqs. 11 to 13: y_r from s_c and s_t, Dice + BCE against y on the grid
         maps, truth = shots.targets(rows, EVERY_TEXT, generator)
-        s_c = episode.embeddings * maps[:, None]
+        s_c = episode.semantic_state(maps=maps)
         loss, _ = train_step(srm, optimizer, s_c, episode.state(), truth, generator)
         settings.require_finite({"the SRM's loss": loss}, f"in step {step} on " + ", ".join(
             features.name(shots.samples[row]) for row in rows))

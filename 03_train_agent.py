@@ -92,7 +92,7 @@ def main() -> None:
         for _ in range(SRM_STEPS[branch]):
             rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH].to(device)
             maps, y = shots.targets(rows, every_text, generator)
-            s_c = embeddings[rows] * maps[:, None]
+            s_c = episode.semantic_state(rows, maps)
             last = train_step(srm, srm_optimizer, s_c, episode.state(rows), y, generator)
         return last
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from segment_anything.modeling import Sam
-from segment_anything.modeling.transformer import Attention
+from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,10 +46,13 @@ class SingleMaskDecoder:
     def prepare(self, embeddings: Tensor) -> ImageSide:
         """The image side of embeddings (B, C, h, w) float32 on SAM's device."""
         keys = embeddings.flatten(2).transpose(1, 2) + self.no_mask
-        block = self.transformer.layers[0]
+        return ImageSide(keys, *self.project(self.transformer.layers[0], keys))
+
+    def project(self, block: TwoWayAttentionBlock, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the cross-attentions of a block need of the image: k and v for the tokens, q towards them."""
         to_image, to_token = block.cross_attn_token_to_image, block.cross_attn_image_to_token
-        k, v, q = self.with_pe(to_image.k_proj, keys), to_image.v_proj(keys), self.with_pe(to_token.q_proj, keys)
-        return ImageSide(keys, heads(to_image, k), heads(to_image, v), heads(to_token, q))
+        return (heads(to_image, self.with_pe(to_image.k_proj, keys)), heads(to_image, to_image.v_proj(keys)),
+                heads(to_token, self.with_pe(to_token.q_proj, keys)))
 
     @torch.no_grad()
     def decode(self, image: ImageSide, sparse: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,12 +68,7 @@ class SingleMaskDecoder:
             else:
                 q = queries + query_pe
                 queries = block.norm1(queries + block.self_attn(q, q, queries))
-            if index == 0:
-                image_k, image_v, image_q = image[1:]
-            else:
-                image_k = heads(to_image, self.with_pe(to_image.k_proj, keys))
-                image_v = heads(to_image, to_image.v_proj(keys))
-                image_q = heads(to_token, self.with_pe(to_token.q_proj, keys))
+            image_k, image_v, image_q = image[1:] if index == 0 else self.project(block, keys)
             q = heads(to_image, to_image.q_proj(queries + query_pe))
             queries = block.norm2(queries + attend(to_image, q, image_k, image_v))
             queries = block.norm3(queries + block.mlp(queries))

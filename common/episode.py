@@ -40,9 +40,9 @@ class Episode:
         """s_t = F * M_{t-1} (Eq. 4), (B, C, h, w), of all images or some. Made when asked for, never kept."""
         return spatial_state(self.embeddings[rows], self.mask[rows], self.residual)
 
-    def semantic_state(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """s_c = F * M_c (Eq. 11), (B, C, h, w), of all images or some."""
-        return self.embeddings[rows] * self.maps[rows, None]
+    def semantic_state(self, rows: Tensor | slice = slice(None), maps: Tensor | None = None) -> Tensor:
+        """s_c = F * M_c (Eq. 11), (B, C, h, w), of all images or some; maps (B, h, w): M_c of other texts than theirs."""
+        return self.embeddings[rows] * (self.maps[rows] if maps is None else maps)[:, None]
 
     def action_state(self) -> Tensor:
         """The state on the action grid, (B, C, 10, 10)."""
@@ -82,7 +82,7 @@ class Episode:
 
 
 def spatial_state(embeddings: Tensor, mask: Tensor, residual: float) -> Tensor:
-    """s_t = F * M of embeddings (B, C, h, w) and masks (B, h, w); with a residual r, F * (r + (1 - r) M)."""
+    """s_t = F * M (Eq. 4) of embeddings (B, C, h, w) and masks (B, h, w); with a residual r, F * (r + (1 - r) M)."""
     return embeddings * (residual + (1 - residual) * mask)[:, None]
 
 
