@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import matplotlib
 
@@ -27,7 +28,7 @@ from common.tasks import get_task
 
 TASK = "demo_saliency"
 SEEDS = (0,)  # of training; three give the spread that the README states
-EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main = AlignSAM and all rows beside it; plus = AlignSAM+
+EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main: all rows of one training; plus: AlignSAM+
 FIGURE7 = False  # also the sensitivity to T and E: six more trainings a seed
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
@@ -38,33 +39,63 @@ _ROUNDS, _EPISODES = (5, 10, 20), (10, 25, 100)  # Figure 7, beside T = 15 and E
 _QUICK = ("PICTURES=0", "GALLERY=0")
 _METRICS = ("mIoU", "F", "BER", "E", "MAE", "FR")
 _ABLATIONS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")
-_ALL = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")  # of ROWS=all, what a table cannot do without
+_ALL = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")  # of ROWS=all, those that a table names
+_LABELS = {"RL + SRM": "AlignSAM", "RL + CLIP-Surgery map": "labels: CLIP Surgery",
+           "RL + last SAM mask": "labels: last mask", "RL only (all positive)": "w/o SRM"}  # Table 8's names
 _CONTENT = {"task": str, "sam": str, "clip": str, "branch": str, "images": int, "rows": dict, "iou_per_round": dict,
             "foreground_rate_attainable": float, "trained": dict}
 
 
-def run_stages(task: str, folder: Path, seed: int, evaluation: list[str], agent: list[str] | None = None,
-               srm: list[str] | None = None, srm_from: Path | None = None, results: str = "results.json") -> dict:
-    """Runs the stages into `folder` with the given constants, unless its results are there; returns the results.
+class Experiment(NamedTuple):
+    """One training and its evaluation: a run folder, and constants of the numbered scripts."""
 
-    agent, srm: constants of stages 3 and 2, None where that stage's file is there already. srm_from: a run whose srm.pt
-    was trained with the same constants, to be taken over.
-    """
-    if not (folder / results).exists():
+    suffix: str  # the folder is runs/<TASK>-seed<n> and this
+    evaluation: tuple[str, ...]  # of stage 4
+    agent: tuple[str, ...] | None = ()  # of stage 3; None: the folder's agent.pt is there already
+    srm: tuple[str, ...] | None = ()  # of stage 2; None: the main run's srm.pt is taken over
+    results: str = "results.json"
+
+
+def experiments(branch: str) -> dict[str, dict[str, Experiment]]:
+    """{experiment: {column: what is run for it}}, for a task with this branch of the SRM."""
+    other = _OTHER[branch]
+    one_row = ("ROWS=AlignSAM", *_QUICK)
+    return {
+        "main": {"": Experiment("", ("ROWS=all",))},
+        "plus": {"": Experiment("-plus", (f"ROWS={','.join(_ABLATIONS)}", *_QUICK), srm=_PLUS)},
+        "branches": {other: Experiment(f"-{other}", one_row, srm=(f"BRANCH={other}",))},
+        "iterations": {"": Experiment("", ("ROWS=AlignSAM,w/o RL,w/o SRM", "ROUNDS=20", *_QUICK), None, None,
+                                      "T20.json")},
+        "shots": {str(shots): Experiment(f"-shots{shots}", ("ROWS=AlignSAM,PerSAM", *_QUICK), (f"SHOTS={shots}",),
+                                         (f"SHOTS={shots}",)) for shots in _SHOTS},
+        "rounds": {str(rounds): Experiment(f"-rounds{rounds}", (f"ROUNDS={rounds}", *one_row), (f"ROUNDS={rounds}",),
+                                           None) for rounds in _ROUNDS},
+        "episodes": {str(episodes): Experiment(f"-episodes{episodes}", one_row, (f"EPISODES={episodes}",), None)
+                     for episodes in _EPISODES},
+    }
+
+
+def run_stages(task: str, seed: int, experiment: Experiment) -> dict:
+    """Runs the stages of an experiment, unless its results are there; returns the results."""
+    main = Path("runs") / f"{task}-seed{seed}"
+    folder = main.with_name(main.name + experiment.suffix)
+    if not (folder / experiment.results).exists():
         same = [f"TASK={task}", f"RUN_DIR={folder}", f"FEATURES=runs/{task}/features.h5", f"DEVICE={DEVICE}",
                 f"SEED={seed}"]
         print(f"\n{folder}", flush=True)
-        if srm_from and not (folder / "srm.pt").exists():
-            settings.write_atomic(folder / "srm.pt", lambda temporary: shutil.copy(srm_from / "srm.pt", temporary))
-        if srm is not None:
-            run_script("02_train_srm.py", *same, *srm)
-        if agent is not None:
-            run_script("03_train_agent.py", *same, *agent)
-        run_script("04_evaluate.py", *same, f"RESULTS={results}", *evaluation)
-    rows = next(constant for constant in evaluation if constant.startswith("ROWS=")).removeprefix("ROWS=")
-    content = read_results(folder / results, task, _ALL if rows == "all" else tuple(rows.split(",")))
-    asked = dict(constant.split("=", 1) for constant in (f"SEED={seed}", *(srm or ()), *(agent or ())))
-    require_asked(folder / results, content["trained"], asked | {"features": cache_identity(task)})
+        if experiment.srm is not None:
+            run_script("02_train_srm.py", *same, *experiment.srm)
+        elif not (folder / "srm.pt").exists():
+            settings.write_atomic(folder / "srm.pt", lambda temporary: shutil.copy(main / "srm.pt", temporary))
+        if experiment.agent is not None:
+            run_script("03_train_agent.py", *same, *experiment.agent)
+        run_script("04_evaluate.py", *same, f"RESULTS={experiment.results}", *experiment.evaluation)
+    constants = dict(constant.split("=", 1) for constant in experiment.evaluation)
+    rows = _ALL if constants["ROWS"] == "all" else tuple(constants["ROWS"].split(","))
+    content = read_results(folder / experiment.results, task, rows)
+    asked = dict(constant.split("=", 1) for constant in (*(experiment.srm or ()), *(experiment.agent or ())))
+    require_asked(folder / experiment.results, content["trained"],
+                  asked | {"SEED": str(seed), "features": cache_identity(task)})
     return content
 
 
@@ -73,13 +104,15 @@ def cache_identity(task: str) -> str:
 
 
 def require_asked(path: Path, trained: dict, asked: dict[str, str]) -> None:
-    """Raises UserError where the run behind `path` was trained with other constants than `asked`, or from another cache."""
+    """Raises UserError where the run behind `path` had other constants than `asked`, or another cache."""
     for name, value in asked.items():
         stored = str(trained.get(name.lower())).lower()
         if stored != value.lower():
-            other = "another features.h5 than the one there is now" if name == "features" else f"{name}={stored}, not {value}"
-            raise settings.UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete it, and run "
-                                     "the same command again")
+            other = f"{name}={stored}, not {value}"
+            if name == "features":
+                other = "another features.h5 than the one there is now"
+            raise settings.UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete it, "
+                                     "and run the same command again")
 
 
 def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
@@ -124,8 +157,11 @@ def spread(values: list[float]) -> tuple[float, float | None]:
     return mean(values), stdev(values) if len(values) > 1 else None
 
 
-def per_round(runs: list[dict], row: str) -> list[tuple[float, float | None]]:
-    return [spread(list(values)) for values in zip(*(run["iou_per_round"][row] for run in runs))]
+def rounds_of(runs: dict[str, dict[str, list[dict]]]) -> dict[str, list[tuple[float, float | None]]]:
+    """{row: mean and spread of mIoU after each round} of the runs with 20 rounds."""
+    results = runs["iterations"][""]
+    return {row: [spread(list(values)) for values in zip(*(run["iou_per_round"][row] for run in results))]
+            for row in results[0]["rows"]}
 
 
 def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str) -> None:
@@ -142,85 +178,86 @@ def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str) -> None:
     plt.close(figure)
 
 
+def paper_tables(runs: dict[str, dict[str, list[dict]]], branch: str) -> dict[str, tuple[dict, str | None]]:
+    """{title: (table, its key in the paper's tables)} of {experiment: {column: its results, one a seed}}."""
+    base = runs["main"][""]
+    rows = pooled(base)
+
+    def by_column(experiment: str, standard: str, names: tuple[str, ...] = ("AlignSAM",)) -> dict[str, dict]:
+        """{row: {column: mIoU}} of an experiment and of the main runs, which are its column `standard`."""
+        columns = {standard: rows} | {column: pooled(results) for column, results in runs[experiment].items()}
+        order = sorted(columns, key=lambda column: int(column) if column.isdigit() else math.inf)
+        return {name: {column: columns[column][name]["mIoU"] for column in order} for name in names}
+
+    tables = {"Tables 2 and 3: the method and its ablations": ({row: rows[row] for row in _ABLATIONS}, "rows")}
+    if "per_class" in base[0]["rows"]["AlignSAM"]:
+        classes = base[0]["rows"]["AlignSAM"]["per_class"]
+        tables["Table 3: IoU per class"] = ({row: {
+            name: spread([run["rows"][row]["per_class"][name]["mIoU"] for run in base]) for name in classes}
+            for row in _ABLATIONS}, "classes")
+    tables["Baselines and bounds"] = (
+        {row: rows[row] for row in rows if row == "AlignSAM" or row not in _ABLATIONS}, None)
+    tables["Table 8: source of the labels"] = (
+        {name: {"mIoU": rows[row]["mIoU"]} for name, row in _LABELS.items()}, "labels")
+    tables["Table 9: foreground rate"] = (
+        {name: {"FR": rows[row]["FR"], "mIoU": rows[row]["mIoU"]}
+         for name, row in (("AlignSAM", "AlignSAM"), ("random", "w/o RL"))}
+        | {"attainable": {"FR": spread([run["foreground_rate_attainable"] for run in base])}}, "foreground rate")
+    if "plus" in runs:
+        plus = {f"AlignSAM+ {row}".removesuffix(" AlignSAM"): scores
+                for row, scores in pooled(runs["plus"][""]).items()}
+        tables[f"AlignSAM+ ({' '.join(_PLUS)} in stage 2)"] = ({"AlignSAM": rows["AlignSAM"]} | plus, None)
+    if "branches" in runs:
+        branches = {branch: rows["AlignSAM"], _OTHER[branch]: pooled(runs["branches"][_OTHER[branch]])["AlignSAM"]}
+        tables["Table 4: branch of the SRM"] = ({name: branches[name] for name in ("implicit", "explicit")}, "branches")
+    if "iterations" in runs:
+        tables["Table 5: IoU after each round (trained with T = 15)"] = (
+            {row: {str(number): values[number] for number in (0, 1, 2, 3, 5, 10, 15, 20)}
+             for row, values in rounds_of(runs).items()}, None)
+    if "shots" in runs:
+        tables["Table 10: labelled images, mIoU"] = (by_column("shots", "all", ("AlignSAM", "PerSAM")), "shots")
+    if "rounds" in runs:
+        tables["Figure 7: rounds, mIoU"] = (by_column("rounds", "15"), None)
+        tables["Figure 7: episodes, mIoU"] = (by_column("episodes", "50"), None)
+    return tables
+
+
 def main() -> None:
     if unknown := set(EXPERIMENTS) - {"main", "plus", "branches", "iterations", "shots"}:
-        raise settings.UserError(f"EXPERIMENTS names {unknown.pop()!r}: choose among main, plus, branches, iterations, shots")
+        raise settings.UserError(
+            f"EXPERIMENTS names {unknown.pop()!r}: choose among main, plus, branches, iterations, shots")
     task, out = get_task(TASK, "-"), Path("runs") / TASK
     if TASK.startswith("demo_"):  # ends at once where the cache is whole
         run_script("01_cache_features.py", f"TASK={TASK}", f"DEVICE={DEVICE}")
     elif not (out / "features.h5").exists():
-        raise settings.UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py TASK={TASK} first, with "
-                                 "your SAM, CLIP and DATA_DIR")
-    folders = {seed: Path("runs") / f"{TASK}-seed{seed}" for seed in SEEDS}
-    base = [run_stages(TASK, folder, seed, ["ROWS=all"], [], []) for seed, folder in folders.items()]
-    real = base[0]["sam"] != "demo" and base[0]["clip"] != "demo"
-    key = task.paper if real else None
-    text, tables = [f"# {TASK}", f"SAM {base[0]['sam']}, CLIP {base[0]['clip']}{'' if real else ' (stand-ins)'}, "
-                    f"{base[0]['branch']} branch, {base[0]['images']} test samples, seeds {', '.join(map(str, SEEDS))}. "
-                    "Percent, MAE a fraction; mean ± deviation over seeds."], {}
+        raise settings.UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py TASK={TASK} first, "
+                                 "with your SAM, CLIP and DATA_DIR")
 
-    def add(title: str, table: dict[str, dict], paper: str | None = None) -> None:
-        """One table into both files; paper: its key in the paper's tables."""
-        tables[title] = table
-        text.append(f"## {title}\n\n" + results_table(table, paper_figures(paper, key) if paper and key else None))
+    wanted = {"main", *EXPERIMENTS, *(("rounds", "episodes") if FIGURE7 else ())}
+    runs = {name: {column: [run_stages(TASK, seed, experiment) for seed in SEEDS]
+                   for column, experiment in columns.items()}
+            for name, columns in experiments(task.branch).items() if name in wanted}
 
-    def others(name: str, runs_of: dict, paper: str | None = None, rows: tuple[str, ...] = ("AlignSAM",)) -> None:
-        """A table of {column: runs}, mIoU of some rows."""
-        add(name, {row: {column: pooled(runs)[row]["mIoU"] for column, runs in runs_of.items()} for row in rows}, paper)
+    first = runs["main"][""][0]
+    real = first["sam"] != "demo" and first["clip"] != "demo"
+    text = [f"# {TASK}", f"SAM {first['sam']}, CLIP {first['clip']}{'' if real else ' (stand-ins)'}, "
+            f"{first['branch']} branch, {first['images']} test samples, seeds {', '.join(map(str, SEEDS))}. "
+            "Percent, MAE a fraction; mean ± deviation over seeds."]
+    tables = paper_tables(runs, task.branch)
+    for title, (table, paper) in tables.items():
+        figures = paper_figures(paper, task.paper) if real and paper and task.paper else None
+        text.append(f"## {title}\n\n" + results_table(table, figures))
 
-    rows = pooled(base)
-    add("Tables 2 and 3: the method and its ablations", {row: rows[row] for row in _ABLATIONS}, "rows")
-    if "per_class" in base[0]["rows"]["AlignSAM"]:
-        add("Table 3: IoU per class", {row: {label: spread([run["rows"][row]["per_class"][label]["mIoU"] for run in base])
-                                             for label in base[0]["rows"][row]["per_class"]} for row in _ABLATIONS}, "classes")
-    add("Baselines and bounds", {row: rows[row] for row in rows if row == "AlignSAM" or row not in _ABLATIONS})
-    labels = {"RL + SRM": "AlignSAM", "RL + CLIP-Surgery map": "labels: CLIP Surgery", "RL + last SAM mask": "labels: last mask",
-              "RL only (all positive)": "w/o SRM"}
-    add("Table 8: source of the labels", {name: {"mIoU": rows[row]["mIoU"]} for name, row in labels.items()}, "labels")
-    attainable = spread([run["foreground_rate_attainable"] for run in base])
-    add("Table 9: foreground rate", {"AlignSAM": {"FR": rows["AlignSAM"]["FR"], "mIoU": rows["AlignSAM"]["mIoU"]},
-                                     "random": {"FR": rows["w/o RL"]["FR"], "mIoU": rows["w/o RL"]["mIoU"]},
-                                     "attainable": {"FR": attainable}}, "foreground rate")
-
-    if "plus" in EXPERIMENTS:
-        plus = [run_stages(TASK, Path(f"{folder}-plus"), seed, ["ROWS=AlignSAM,w/o RL,w/o SRM,w/o MSI", *_QUICK], [], [*_PLUS])
-                for seed, folder in folders.items()]
-        add(f"AlignSAM+ ({' '.join(_PLUS)} in stage 2)", {"AlignSAM": rows["AlignSAM"]} | {
-            "AlignSAM+" if row == "AlignSAM" else f"AlignSAM+ {row}": scores for row, scores in pooled(plus).items()})
-
-    if "branches" in EXPERIMENTS:
-        other = _OTHER[task.branch]
-        runs = [run_stages(TASK, Path(f"{folder}-{other}"), seed, ["ROWS=AlignSAM", *_QUICK], [], [f"BRANCH={other}"])
-                for seed, folder in folders.items()]
-        branches = {task.branch: pooled(base)["AlignSAM"], other: pooled(runs)["AlignSAM"]}
-        add("Table 4: branch of the SRM", {name: branches[name] for name in ("implicit", "explicit")}, "branches")
-    if "iterations" in EXPERIMENTS:
-        runs = [run_stages(TASK, folder, seed, ["ROWS=AlignSAM,w/o RL,w/o SRM", "ROUNDS=20", *_QUICK], results="T20.json")
-                for seed, folder in folders.items()]
-        rounds = {row: per_round(runs, row) for row in runs[0]["rows"]}
-        add("Table 5: IoU after each round (trained with T = 15)",
-            {row: {str(number): values[number] for number in (0, 1, 2, 3, 5, 10, 15, 20)}
-             for row, values in rounds.items()})
-        plot(out / "iterations.png", {row: dict(enumerate(values)) for row, values in rounds.items()}, "round")
-    if "shots" in EXPERIMENTS:
-        few = {str(shots): [run_stages(TASK, Path(f"{folder}-shots{shots}"), seed, ["ROWS=AlignSAM,PerSAM", *_QUICK],
-                                       [f"SHOTS={shots}"], [f"SHOTS={shots}"]) for seed, folder in folders.items()]
-               for shots in _SHOTS}
-        others("Table 10: labelled images, mIoU", few | {"all": base}, "shots", ("AlignSAM", "PerSAM"))
-    if FIGURE7:
-        for name, values, standard in (("ROUNDS", _ROUNDS, 15), ("EPISODES", _EPISODES, 50)):
-            runs_of = {value: [run_stages(TASK, Path(f"{folder}-{name.lower()}{value}"), seed,
-                                          ["ROWS=AlignSAM", *([f"ROUNDS={value}"] if name == "ROUNDS" else []), *_QUICK],
-                                          [f"{name}={value}"], srm_from=folder)
-                               for seed, folder in folders.items()] for value in values}
-            runs_of = dict(sorted((runs_of | {standard: base}).items()))
-            others(f"Figure 7: {name.lower()}, mIoU", {str(value): runs for value, runs in runs_of.items()})
-            plot(out / f"figure7_{name.lower()}.png",
-                 {"AlignSAM": {value: pooled(runs)["AlignSAM"]["mIoU"] for value, runs in runs_of.items()}}, name.lower())
-
+    if "iterations" in runs:
+        plot(out / "iterations.png", {row: dict(enumerate(values)) for row, values in rounds_of(runs).items()}, "round")
+    for name in ("rounds", "episodes") if FIGURE7 else ():
+        table = tables[f"Figure 7: {name}, mIoU"][0]
+        plot(out / f"figure7_{name}.png",
+             {row: {int(value): figure for value, figure in figures.items()} for row, figures in table.items()}, name)
     settings.write_atomic(out / "tables.md", lambda temporary: temporary.write_text("\n\n".join(text)))
-    settings.write_atomic(out / "tables.json", lambda temporary: temporary.write_text(json.dumps(
-        {"task": TASK, "seeds": SEEDS, "units": "[mean, deviation over seeds], fractions", "tables": tables}, indent=1)))
+    content = {"task": TASK, "seeds": SEEDS, "units": "[mean, deviation over seeds], fractions",
+               "tables": {title: table for title, (table, _) in tables.items()}}
+    settings.write_atomic(out / "tables.json", lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     print("\n\n".join(text) + f"\nwrote {out / 'tables.md'}, {out / 'tables.json'}")
 
 
