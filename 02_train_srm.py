@@ -6,6 +6,7 @@ The SRM must answer in every state that prompting meets: before any mask, after 
 number of points. Each step takes a batch of samples into one such state with SAM's live decoder and learns there.
 """
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -14,7 +15,7 @@ from common.cache import Cache
 from common.episode import Episode, patch_centres, random_pixels
 from common.pictures import plot_curves
 from common.sam import BatchedPrompter, load_decoder
-from common.srm import build_srm, sample_at, train_step
+from common.srm import CHANNEL_DROP, build_srm, sample_at, train_step
 
 # what is trained
 TASK = "demo_saliency"  # as in stage 1
@@ -27,7 +28,8 @@ STEPS = 600  # optimiser steps
 SRM_BATCH = 8  # samples a step
 LEARNING_RATE = 1e-3  # Adam; stage 3 goes on at the paper's 1e-4
 ROUNDS = 15  # states have up to this many points beyond the start (T)
-HELD_OUT = 100  # test samples on which accuracy is reported at the end; nothing is chosen by it
+STATES = {"no mask": 0.2, "test-time start": 0.3, "true start": 0.5}  # share of the steps that learn in each kind of state
+HELD_OUT = 100  # test samples, spread over the test set, on which accuracy is reported at the end
 
 # beyond the paper: RESIDUAL=0.5 EVERY_TEXT=true make AlignSAM+; stages 3 and 4 read both from srm.pt
 RESIDUAL = 0.0  # share r of F that a state keeps where the mask is empty, F * (r + (1 - r) M); 0 = the paper's F * M
@@ -41,16 +43,29 @@ SAVE_EVERY = 100  # steps that a kill may cost
 LOG_EVERY = 10  # steps between rows of the log, each of one batch
 
 
-def reach_state(kind: float, episode: Episode, srm: torch.nn.Module, labels: list, generator: torch.Generator) -> None:
-    """Takes an episode into a state of prompting: none yet, the test-time start, or random points after either start."""
-    if kind < 0.2:
+def draw_kind(generator: torch.Generator) -> str:
+    """A kind of state, drawn by the shares of STATES."""
+    at, reached = float(torch.rand(1, generator=generator)), 0.0
+    for kind, share in STATES.items():
+        reached += share
+        if at < reached:
+            break
+    return kind
+
+
+def reach_state(kind: str, episode: Episode, srm: torch.nn.Module, labels: list, generator: torch.Generator) -> None:
+    """Takes an episode into a state of prompting: no mask yet, or random candidate points after one of both starts.
+
+    labels: ground truth of the episode's images, for the true start only.
+    """
+    if kind == "no mask":
         return  # M = 1: what the SRM sees when it has to find P_0
-    if kind < 0.5:
+    if kind == "test-time start":
         episode.start_without_truth(srm)
-    else:
+    else:  # Algorithm 1's, in training
         episode.prompt(random_pixels(labels, generator, episode.frame), torch.tensor([[1, 0]]).expand(len(labels), 2))
     count = int(torch.randint(0, ROUNDS + 1, (1,), generator=generator))
-    if count:  # candidate points, labelled as the agent's will be
+    if count:  # candidate points, labelled by the SRM as the agent's are, though all at once
         order = torch.rand(episode.allowed.shape, generator=generator).to(episode.allowed.device)
         chosen = (order * episode.allowed).topk(count).indices
         points = episode.centres[chosen]
@@ -72,7 +87,8 @@ def main() -> None:
         raise settings.UserError(f"RESIDUAL={RESIDUAL} is no share: set it between 0 and 1")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
-    features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
+    features = Cache.open(settings.features(FEATURES, run_dir), TASK,
+                          settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
@@ -88,10 +104,12 @@ def main() -> None:
     optimizer = torch.optim.Adam(srm.parameters(), LEARNING_RATE)
     path, log, step = run_dir / "srm.pt", [], 0
     chosen = {"task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "steps": STEPS, "srm_batch": SRM_BATCH,
-              "learning_rate": LEARNING_RATE, "rounds": ROUNDS, "every_text": EVERY_TEXT, "residual": RESIDUAL,
+              "learning_rate": LEARNING_RATE, "rounds": ROUNDS, "states": STATES, "channel_drop": CHANNEL_DROP,
+              "every_text": bool(EVERY_TEXT), "residual": float(RESIDUAL),
               "features": features.identity()}
     if path.exists():
-        saved = checkpoint.load(path, settings.command("02_train_srm.py", globals()), step=int)
+        saved = checkpoint.load(path, settings.command("02_train_srm.py", globals()), step=int,
+                                **checkpoint.TRAINING)
         checkpoint.require_same(path, saved["settings"], chosen)
         checkpoint.restore(path, saved, srm=srm, optimizer=optimizer, generator=generator)
         log, step = saved["log"], saved["step"]
@@ -101,8 +119,7 @@ def main() -> None:
         rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH]
         episode = Episode(prompter, shots.embeddings[rows], shots.maps[rows], centres, shots.truth_centres[rows] != 255,
                           RESIDUAL)
-        kind = float(torch.rand(1, generator=generator))
-        reach_state(kind, episode, srm, [shots.labels[row] for row in rows], generator)
+        reach_state(draw_kind(generator), episode, srm, [shots.labels[row] for row in rows], generator)
 
         # Eqs. 11 to 13: y_r from s_c and s_t, Dice + BCE against y on the grid
         maps, truth = shots.targets(rows, EVERY_TEXT, generator)
@@ -123,15 +140,16 @@ def main() -> None:
     plot_curves(log, run_dir / "srm_curves.png", f"{TASK}, stage 2: SRM ({branch} branch)")
 
     # held-out accuracy at the candidate points, in two kinds of state
-    held_out = features.samples("test")[:HELD_OUT]
+    held_out = features.samples("test")
+    held_out = held_out[np.linspace(0, len(held_out) - 1, min(HELD_OUT, len(held_out))).astype(int)]
     embeddings, maps = features.embeddings(held_out).float().to(device), features.maps(held_out).to(device)
     truth_centres = features.truth_centres(held_out).to(device)
-    for kind, name in ((0.0, "before any mask"), (0.3, "test-time start and random points")):
+    for kind, name in (("no mask", "before any mask"), ("test-time start", "test-time start and random points")):
         episode = Episode(prompter, embeddings, maps, centres, residual=RESIDUAL)
         reach_state(kind, episode, srm, [], torch.Generator().manual_seed(0))
         foreground, background = accuracy(srm, episode, truth_centres)
-        print(f"held-out candidate points labelled right, {name}: foreground {foreground:.3f}, background {background:.3f} "
-              f"({len(held_out)} test samples)")
+        print(f"held-out candidate points labelled right, {name}: foreground {foreground:.3f}, "
+              f"background {background:.3f} ({len(held_out)} test samples)")
 
     settings.goodbye([path, run_dir / "srm_log.csv", run_dir / "srm_curves.png"], "03_train_agent.py", globals())
 

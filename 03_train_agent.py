@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, settings
-from common.agent import Actor, Critic, normalise, pick, policy, pool_state, ppo_update, returns
+from common.agent import LOGIT_SCALE, Actor, Critic, normalise, pick, policy, pool_state, ppo_update, returns
 from common.cache import Cache
 from common.episode import Episode, patch_centres, random_pixels, spatial_state
 from common.pictures import plot_curves
 from common.sam import BatchedPrompter, load_decoder
-from common.srm import build_srm, train_step
+from common.srm import CHANNEL_DROP, build_srm, train_step
 
 # what is trained
 TASK = "demo_saliency"  # as in stage 1
@@ -50,7 +50,8 @@ def main() -> None:
     settings.not_negative(globals(), "SEED", "SHOTS")
     device = settings.device(DEVICE)
     run_dir = settings.run_dir(RUN_DIR, TASK)
-    features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
+    features = Cache.open(settings.features(FEATURES, run_dir), TASK,
+                          settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     side = frame // patch
@@ -61,9 +62,10 @@ def main() -> None:
     # stage 2's SRM goes on learning here; srm.pt itself stays as it is
     srm_path, path = run_dir / "srm.pt", run_dir / "agent.pt"
     stage_2_command = settings.command("02_train_srm.py", globals())
-    stage_2 = checkpoint.load(srm_path, stage_2_command)
+    stage_2 = checkpoint.load(srm_path, stage_2_command, **checkpoint.TRAINING)
     checkpoint.require_finished(srm_path, stage_2, stage_2_command)
-    checkpoint.require_same(srm_path, stage_2["settings"], {"task": TASK, "shots": SHOTS, "features": features.identity()})
+    checkpoint.require_same(srm_path, stage_2["settings"],
+                            {"task": TASK, "shots": SHOTS, "features": features.identity()})
     branch, residual, every_text = (stage_2["settings"][name] for name in ("branch", "residual", "every_text"))
     settings.lock(run_dir)
 
@@ -79,16 +81,19 @@ def main() -> None:
     chosen = {"task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "episodes": EPISODES, "epochs": EPOCHS,
               "rounds": ROUNDS, "gamma": GAMMA, "clip_range": CLIP_RANGE, "learning_rate": LEARNING_RATE,
               "every_text": every_text, "residual": residual, "srm_steps": SRM_STEPS[branch], "srm_batch": SRM_BATCH,
+              "channel_drop": CHANNEL_DROP, "logit_scale": LOGIT_SCALE,
+              "stage_2": {name: stage_2["settings"][name] for name in (
+                  "steps", "srm_batch", "learning_rate", "rounds", "states", "channel_drop")},
               "features": features.identity(), "srm": checkpoint.fingerprint(stage_2["srm"])}
     log, first = [], 1
     if path.exists():  # from where a killed run stopped
-        saved = checkpoint.load(path, settings.command("03_train_agent.py", globals()))
+        saved = checkpoint.load(path, settings.command("03_train_agent.py", globals()), **checkpoint.TRAINING)
         checkpoint.require_same(path, saved["settings"], chosen)
         checkpoint.restore(path, saved, **learning, generator=generator)
         log, first = saved["log"], len(saved["log"]) + 1
 
     def train_srm(episode: Episode) -> tuple[float, float]:
-        """q steps of Eq. 13 on samples of the roll-out in their present state; the last loss and share of cells right."""
+        """q steps of Eq. 13 on samples of the roll-out as they are now; the last loss and share of cells right."""
         for _ in range(SRM_STEPS[branch]):
             rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH].to(device)
             maps, y = shots.targets(rows, every_text, generator)
@@ -102,10 +107,11 @@ def main() -> None:
         # Algorithm 1, lines 2 to 4: P_0 is a random pixel of each label, M_0 = D_M(F, P_0)
         episode = Episode(prompter, embeddings, shots.maps, centres, shots.truth_centres != 255, residual)
         srm_log = [train_srm(episode)]  # the state before any mask, from which P_0 comes at test time
-        episode.prompt(random_pixels(shots.labels, generator, frame), torch.tensor([[1, 0]]).expand(len(shots.samples), 2))
+        episode.prompt(random_pixels(shots.labels, generator, frame),
+                       torch.tensor([[1, 0]]).expand(len(shots.samples), 2))
 
         # T rounds: choose a patch, label it, ask SAM, collect the reward
-        masks, allowed, actions, log_probs, values, rewards, right = [], [], [], [], [], [], []
+        masks, allowed, actions, log_probs, values, rewards, hits, right = [], [], [], [], [], [], [], []
         for _ in range(ROUNDS):
             with torch.no_grad():
                 state = episode.action_state()
@@ -119,6 +125,7 @@ def main() -> None:
             log_probs.append(distribution.log_prob(action))
             values.append(critic(state).detach())
             rewards.append(on_target.float() * 2 - 1)  # +1 on foreground, -1 elsewhere
+            hits.append(on_target.float().mean().item())
             right.append((answer == on_target).float().mean().item())
             srm_log.append(train_srm(episode))
             episode.step(action, answer)  # P_t, M_t
@@ -139,7 +146,7 @@ def main() -> None:
         srm_losses, srm_accuracies = zip(*srm_log)
         log.append({
             "episode": number, "return": rewards.sum(0).mean().item(),
-            "foreground_rate": (rewards > 0).float().mean().item(), **update, "label_accuracy": sum(right) / len(right),
+            "foreground_rate": sum(hits) / len(hits), **update, "label_accuracy": sum(right) / len(right),
             "srm_loss": sum(srm_losses) / len(srm_losses), "srm_accuracy": sum(srm_accuracies) / len(srm_accuracies),
             "training_iou": overlap.mean().item(), "seconds": time.time() - started})
         settings.require_finite({name: log[-1][name] for name in ("policy_loss", "value_loss", "srm_loss")},
@@ -149,10 +156,10 @@ def main() -> None:
                                **{name: part.state_dict() for name, part in learning.items()}})
         checkpoint.write_log(run_dir / "agent_log.csv", log)
 
-    checkpoint.write_log(run_dir / "agent_log.csv", log)
+    checkpoint.write_log(run_dir / "agent_log.csv", log)  # also where a kill came between the last episode and its log
     plot_curves(log, run_dir / "agent_curves.png", f"{TASK}, stage 3: agent and SRM ({branch} branch), seed {SEED}")
     print(f"last episode: foreground rate {log[-1]['foreground_rate']:.3f} (first {log[0]['foreground_rate']:.3f}), "
-          f"IoU on the training samples {log[-1]['training_iou']:.3f}")
+          f"IoU on the training samples, on the embedding grid, {log[-1]['training_iou']:.3f}")
     settings.goodbye([path, run_dir / "agent_log.csv", run_dir / "agent_curves.png"], "04_evaluate.py", globals())
 
 

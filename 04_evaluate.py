@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=4 04_evaluate.py …        four processes share the test set, to the same figures
 
 There is no ground truth at the start: P_0 is the SRM's highest and lowest place. All rows come from the same agent and
-the same SRM, so each changes one thing.
+the same SRM, so each changes one thing. A finished row is kept: killed and started again, the rows before it are not
+computed again.
 """
 
 import json
@@ -14,6 +15,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from common import checkpoint, distributed, own_images, settings
@@ -105,10 +107,10 @@ def prompt(row: str, episode: Episode, actor: Actor, srm: torch.nn.Module, numbe
         if labeller == "SRM":
             answer = episode.label_by(episode.foreground(srm), action)
         elif labeller in ("map", "mask"):
-            answer = episode.label_by(getattr(episode, {"map": "maps", "mask": "mask"}[labeller]), action)
+            answer = episode.label_by({"map": episode.maps, "mask": episode.mask}[labeller], action)
         elif labeller == "truth":
             answer = (truth_centres.to(action.device).gather(1, action[:, None])[:, 0] == 1).long()
-        else:
+        elif labeller == "positive":
             answer = torch.ones_like(action)
         episode.step(action, answer)
         logits.append(episode.logits)
@@ -121,12 +123,15 @@ def main() -> None:
     settings.not_negative(globals(), "SEED", "PICTURES", "GALLERY")
     rows = list(_ROWS) if ROWS == ("all",) else list(dict.fromkeys(ROWS))
     if unknown := [row for row in rows if row not in _ROWS]:
-        raise settings.UserError(f"ROWS names {unknown[0]!r}, which is none of: all, {', '.join(_ROWS)}")
+        raise settings.UserError(f"ROWS names {unknown[0]!r}: set it to all, or to some of: {', '.join(_ROWS)}")
+    if not RESULTS.endswith(".json") or "/" in RESULTS:
+        raise settings.UserError(f"RESULTS={RESULTS} is no name of a results file: set it to one that ends in .json")
     if IMAGES and distributed.SIZE > 1:
         raise settings.UserError("IMAGES are segmented in one process: start it with python, not with torchrun")
     device = distributed.own(settings.device(DEVICE))
     run_dir = settings.run_dir(RUN_DIR, TASK)
-    features = Cache.open(settings.features(FEATURES, run_dir), TASK, settings.command("01_cache_features.py", globals()))
+    features = Cache.open(settings.features(FEATURES, run_dir), TASK,
+                          settings.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     if ROUNDS > len(centres):
@@ -134,7 +139,7 @@ def main() -> None:
 
     # the trained agent, and the SRM that stage 3 ended with
     path, maker = run_dir / "agent.pt", settings.command("03_train_agent.py", globals())
-    trained = checkpoint.load(path, maker)
+    trained = checkpoint.load(path, maker, **checkpoint.TRAINING)
     checkpoint.require_finished(path, trained, maker)
     checkpoint.require_same(path, trained["settings"], {"task": TASK, "features": features.identity()})
     settings.lock(run_dir)
@@ -157,13 +162,11 @@ def main() -> None:
     samples = features.samples("test")
     truth_centres = features.truth_centres(samples)
     classes = [features.texts[text] for _, text in samples] if len(features.texts) > 1 else None
-    drawn, shown = (set(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int))
+    drawn, shown = (set(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int).tolist())
                     for count in (PICTURES, GALLERY))
     # whole batches are dealt to the processes of torchrun, so that each batch is computed as in a single process
     mine = [number for start in distributed.share(range(0, len(samples), BATCH_SIZE))
             for number in range(start, min(start + BATCH_SIZE, len(samples)))]
-    results, iou_per_round, gallery = {}, {}, []
-    sequences, finals = [], {number: {} for number in mine if number in drawn}  # strips of rounds, each row's last mask
 
     # what the rows without rounds learn from the training samples
     shots = features.samples("train")[:trained["settings"]["shots"] or None]
@@ -171,16 +174,19 @@ def main() -> None:
     references = {}
     for text in range(len(features.texts)) if "PerSAM" in rows else ():
         same = shots[shots[:, 1] == text]
-        same = same if len(same) else shots  # few shots of many classes leave some without: then all there are
-        references[text] = persam.target(features.embeddings(same).float().to(device), features.truth_grid(same).to(device))
+        if not len(same):
+            same = shots  # few shots of many classes leave some without: then all there are
+            print(f"PerSAM: no training sample shows {features.texts[text]}, so its target is the mean of the others'")
+        references[text] = persam.target(features.embeddings(same).float().to(device),
+                                         features.truth_grid(same).to(device))
     threshold = (best_threshold(features.maps(shots), [features.labels(shot) for shot in shots])
                  if "CLIP Surgery alone" in rows else None)
 
     def segment(row: str, numbers: list[int]) -> tuple[list[np.ndarray], list[torch.Tensor], torch.Tensor, Episode]:
         """One row's answer to a batch of samples, by their numbers in the test set.
 
-        Returns their truths (H, W), logits (B, 4h, 4w) after each round that the row has, M_0 first, the actions
-        (B, T), and the episode as it ended.
+        Returns their truths (H, W), logits (B, 4h, 4w) after each round that the row has, M_0 first (the rows "alone"
+        have (B, h, w), positive on foreground too), the actions (B, T), and the episode as it ended.
         """
         batch, at_centres = samples[numbers], truth_centres[numbers]
         place, _, rounds = _ROWS[row]
@@ -197,43 +203,68 @@ def main() -> None:
             logits = [srm_alone(episode, srm)]
         elif place == "map":
             logits = [episode.maps - threshold]
-        else:
-            prompt_with_map(episode, ROUNDS // 2 + 1)  # as many points as AlignSAM has, or one more
+        elif place == "map points":
+            prompt_with_map(episode, ROUNDS // 2 + 1)  # as many points as AlignSAM's T + 2, or one fewer
             logits = [episode.logits]
         return truths, logits, actions, episode
 
+    def draw(row: str, number: int, masks: list[np.ndarray], ious: list[float], points: np.ndarray,
+             labels: np.ndarray) -> dict:
+        """What the pictures need of a sample, made as its masks come by: they are too large to keep."""
+        kept = {"mask": torch.from_numpy(masks[-1])} if number in drawn else {}
+        if row != "AlignSAM" or number not in drawn | shown:
+            return kept
+        name, target = features.name(samples[number]), features.texts[samples[number][1]]
+        picture, truth = features.picture(samples[number]), features.labels(samples[number])
+        if number in drawn:
+            some = {f"round {after}": after for after in _STRIP_ROUNDS if after < len(masks)}
+            growing = {caption: masks[after] for caption, after in some.items()}
+            marked = {caption: (points[:2 + after], labels[:2 + after]) for caption, after in some.items()}
+            kept["strip"] = torch.from_numpy(
+                np.array(strip(name, target, picture, truth, growing, marked, frame)))
+        if number in shown:
+            kept["gallery"] = gallery_item(name, target if classes else None, picture, truth, masks, ious, points,
+                                           labels, frame)
+        return kept
+
+    # rows that a killed run finished; another agent, cache or constant makes them void
+    part = run_dir / f"{RESULTS}.part"
+    chosen = trained["settings"] | {
+        "actor": checkpoint.fingerprint(trained["actor"]), "trained_srm": checkpoint.fingerprint(trained["srm"]),
+        "evaluation_rounds": ROUNDS, "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS,
+        "batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY}
+    finished = {}
+    if part.exists():
+        saved = checkpoint.load(part, settings.command("04_evaluate.py", globals()), rows=dict)
+        finished = saved["rows"] if saved["settings"] == chosen else {}
+
     for row in rows:
-        found = []  # number, metrics of the last mask, IoU after each round, points chosen, those on the target
+        if row in finished:
+            continue
+        found = []  # number, metrics of the last mask, IoU after each round, points chosen, those on the target, pictures
         bar = tqdm(mine, row, disable=distributed.RANK > 0)
         batches = in_batches(bar, BATCH_SIZE, partial(segment, row), mend="set DEVICE=cpu")
         for numbers, (truths, logits, actions, episode) in batches:
             right = (truth_centres[numbers].gather(1, actions) == 1).sum(1).tolist()
+            points, labels = episode.points.cpu().numpy(), episode.labels.cpu().numpy()
             for index, (number, truth) in enumerate(zip(numbers, truths)):  # masks at the image's own size
                 masks = [full_masks(after[index], truth.shape).cpu().numpy() for after in logits]
                 ious = [overlap(mask, truth) for mask in masks]
-                found.append((number, evaluate_mask(masks[-1], truth), ious, actions.shape[1], right[index]))
-                if number in drawn:
-                    finals[number][row] = masks[-1]
-                if row == "AlignSAM" and number in drawn | shown:
-                    points, labels = episode.points[index].cpu().numpy(), episode.labels[index].cpu().numpy()
-                    name, target = features.name(samples[number]), features.texts[samples[number][1]]
-                    picture = features.picture(samples[number])
-                    if number in drawn:
-                        some = {f"round {after}": after for after in _STRIP_ROUNDS if after < len(masks)}
-                        growing = {caption: masks[after] for caption, after in some.items()}
-                        marked = {caption: (points[:2 + after], labels[:2 + after]) for caption, after in some.items()}
-                        sequences.append((number, strip(name, target, picture, truth, growing, marked, frame)))
-                    if number in shown:
-                        item = gallery_item(name, target if classes else None, picture, truth, masks, ious, points,
-                                            labels, frame)
-                        gallery.append((number, item))
+                found.append((number, evaluate_mask(masks[-1], truth), ious, actions.shape[1], right[index],
+                              draw(row, number, masks, ious, points[index], labels[index])))
         if found := distributed.gather(found):  # on rank 0
-            _, last, ious, chosen, on_target = zip(*found)
-            results[row] = average(last, classes) | ({"FR": sum(on_target) / sum(chosen)} if any(chosen) else {})
-            iou_per_round[row] = [average_iou(list(after), classes) for after in zip(*ious)]
-    sequences, finals, gallery = map(distributed.gather, (sequences, list(finals.items()), gallery))
+            numbers, last, ious, chosen_points, on_target, pictures = zip(*found)
+            # FR is a share of T points: one point (w/o MSI) is another question
+            rate = {"FR": sum(on_target) / sum(chosen_points)} if chosen_points[0] == ROUNDS else {}
+            rounds, by_class = zip(*(average_iou(list(after), classes) for after in zip(*ious)))
+            finished[row] = {
+                "metrics": average(last, classes) | rate, "iou_per_round": list(rounds),
+                "iou_per_round_per_class": {name: [one[name] for one in by_class] for name in by_class[0]},
+                "pictures": dict(zip(numbers, pictures))}
+            checkpoint.save(part, {"settings": chosen, "finished": False, "rows": finished})
     if distributed.RANK > 0:
         return
+    results = {row: finished[row]["metrics"] for row in rows}
 
     # Table 9's bound: small targets have few centres that could be chosen
     attainable = ((truth_centres == 1).sum(1).clamp(max=ROUNDS) / ROUNDS).mean().item()
@@ -247,29 +278,35 @@ def main() -> None:
     if classes:
         per_class = {name: {label: scores["mIoU"] for label, scores in row["per_class"].items()}
                      for name, row in results.items()}
-        print("\nIoU per class\n\n" + results_table(per_class))
+        print("\nIoU per class\n\n" + results_table(per_class, paper_row(task_paper) if task_paper and real else None))
 
     content = {
         "task": TASK, "sam": features.attrs["sam"], "clip": features.attrs["clip"], "seed": trained["settings"]["seed"],
         "images": len(samples), "units": "all metrics are fractions between 0 and 1",
         "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "rounds": ROUNDS,
         "branch": trained["settings"]["branch"], "trained": trained["settings"], "foreground_rate_attainable": attainable,
-        **({"clip_surgery_threshold": threshold} if threshold else {}), "rows": results, "iou_per_round": iou_per_round}
+        **({"clip_surgery_threshold": threshold} if threshold else {}), "rows": results,
+        **{name: {row: finished[row][name] for row in rows} for name in (
+            "iou_per_round", *(["iou_per_round_per_class"] if classes else []))}}
     settings.write_atomic(run_dir / RESULTS, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     written = [run_dir / RESULTS]
+    pictures = {row: finished[row]["pictures"] for row in rows}
+    sequences = [Image.fromarray(kept["strip"].numpy()) for kept in pictures.get("AlignSAM", {}).values() if "strip" in kept]
     if sequences:  # the paper's Figure 5: points and mask growing
-        save_strips([one for _, one in sequences], run_dir / "strips.png")
+        save_strips(sequences, run_dir / "strips.png")
         written.append(run_dir / "strips.png")
-    if finals:  # its Figure 4: the rows side by side
-        pictured = [(samples[number], masks) for number, masks in finals]
-        save_strips([strip(features.name(sample), features.texts[sample[1]], features.picture(sample),
-                           features.labels(sample), masks, {}, frame) for sample, masks in pictured],
-                    run_dir / "comparison.png")
+    if drawn:  # its Figure 4: the rows side by side
+        save_strips([strip(features.name(samples[number]), features.texts[samples[number][1]],
+                           features.picture(samples[number]), features.labels(samples[number]),
+                           {row: pictures[row][number]["mask"].numpy() for row in rows}, {}, frame)
+                     for number in sorted(drawn)], run_dir / "comparison.png")
         written.append(run_dir / "comparison.png")
+    gallery = [kept["gallery"] for kept in pictures.get("AlignSAM", {}).values() if "gallery" in kept]
     if gallery:
         srm_log = checkpoint.read_log(run_dir / "srm_log.csv")
-        write_report(run_dir / "report.html", content, srm_log, trained["log"], [item for _, item in gallery])
+        write_report(run_dir / "report.html", content, srm_log, trained["log"], gallery)
         written.append(run_dir / "report.html")
+    part.unlink(missing_ok=True)
     print("wrote " + ", ".join(map(str, written)))
 
 

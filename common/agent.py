@@ -51,7 +51,7 @@ def pool_state(state: Tensor, side: int) -> Tensor:
 
 
 def _overlap(patches: int, cells: int) -> Tensor:
-    """(patches, cells): the share of each of `patches` equal pieces of a line that lies in each of `cells` equal ones."""
+    """(patches, cells): the share of each of `patches` equal parts of a line that lies in each of `cells` equal ones."""
     ends, borders = torch.arange(patches + 1)[:, None] / patches, torch.arange(cells + 1) / cells
     shared = torch.minimum(ends[1:], borders[1:]) - torch.maximum(ends[:-1], borders[:-1])
     return shared.clamp(min=0) * patches
@@ -110,8 +110,11 @@ def ppo_update(actor: Actor, critic: Critic, optimizer: torch.optim.Optimizer, s
         policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()  # Eq. 9
         values = critic(states)
         value_loss = F.mse_loss(values, targets)  # Eq. 10
+        loss = policy_loss + value_loss  # no parameter is shared, so the sum trains each by its own loss
+        if not loss.isfinite():
+            break  # stage 3 says so; a step would spread it over the weights
         optimizer.zero_grad()
-        (policy_loss + value_loss).backward()  # no parameter is shared, so the sum trains each by its own loss
+        loss.backward()
         optimizer.step()
     with torch.no_grad():
         return {

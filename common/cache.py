@@ -279,8 +279,9 @@ class TrainingSet:
     truth_centres: torch.Tensor  # y at the patch centres, uint8 (S, P)
     labels: list[np.ndarray]  # y, S uint8 (H, W)
 
-    def targets(self, rows: torch.Tensor, every_text: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """M_c and y on the grid, (B, h, w) each, of the rows' own texts, or of any text their images hold, drawn at random."""
+    def targets(self, rows: torch.Tensor, every_text: bool,
+                generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """M_c and y on the grid, (B, h, w) each, of the rows' own texts, or of texts that their images hold, at random."""
         if not every_text or len(self.present[0]) == 1:
             return self.maps[rows], self.truth[rows]
         texts = torch.multinomial(self.present[rows.cpu()].float(), 1, generator=generator)[:, 0].to(rows.device)
@@ -321,9 +322,13 @@ class Cache:
         return cls(path, file)
 
     def identity(self) -> str:
-        """16 hex digits over what the features depend on: two caches with the same identity are interchangeable."""
+        """16 hex digits over what the features were made of: models, constants, images and masks.
+
+        Two caches with the same identity are interchangeable, though embeddings of another machine round differently.
+        """
         made_of = {key: value for key, value in sorted(self.attrs.items()) if key not in NOT_COMPARED}
-        told = json.dumps([made_of, self._names, self.file["shots"][:].tolist()], sort_keys=True, default=str)
+        content = self._crc[:, [SUMMED.index("pictures"), SUMMED.index("labels")]].tolist()
+        told = json.dumps([made_of, self._names, self.file["shots"][:].tolist(), content], sort_keys=True, default=str)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def samples(self, split: str) -> np.ndarray:
@@ -336,19 +341,21 @@ class Cache:
         present = np.stack([self._compare("present", row, texts) for row, texts in enumerate(self.file["present"][:])])
         samples = np.argwhere((self.file["split"][:] == split.encode())[:, None] & (present == 1))
         if not len(samples):
-            raise UserError(f"{self.path} holds no {split} image with {' or '.join(self.texts)} in it: look whether the "
-                            "masks hold what TASK names, and run 01_cache_features.py into another RUN_DIR")
+            raise UserError(f"{self.path} holds no {split} image with {' or '.join(self.texts)} in it: look whether "
+                            "the masks hold what TASK names, and run 01_cache_features.py into another RUN_DIR")
         return samples
 
     def training_set(self, shots: int, rounds: int, device: torch.device) -> "TrainingSet":
         """The first `shots` drawn samples (0: all) on `device`; a smaller draw is part of every larger one (Table 10).
 
-        Raises UserError where there are fewer, or where one has fewer than `rounds` patches to choose from.
+        Raises UserError where there are fewer, or too few to compare, or where one has fewer than `rounds` patches.
         """
         samples = self.samples("train")
         if max(shots, 1) > len(samples):
-            raise UserError(f"SHOTS={shots} is more than the {len(samples)} samples drawn in {self.path}: set it lower, or "
-                            "run stage 1 with more SHOTS into another RUN_DIR")
+            raise UserError(f"SHOTS={shots} is more than the {len(samples)} samples drawn in {self.path}: set it lower, "
+                            "or run stage 1 with more SHOTS into another RUN_DIR")
+        if shots == 1:
+            raise UserError("SHOTS=1 is too few: advantages compare samples, so set it to 2 or more")
         samples = samples[:shots or None]
         centres = self.truth_centres(samples)
         fewest = int((centres != 255).sum(1).min())
@@ -356,7 +363,8 @@ class Cache:
             raise UserError(f"ROUNDS={rounds} is more than the {fewest} patches of one training sample: set it lower")
         texts = range(len(self.texts))
         every = [np.column_stack([samples[:, 0], np.full(len(samples), text)]) for text in texts]
-        every_map, every_truth = (torch.stack([read(pairs) for pairs in every], 1) for read in (self.maps, self.truth_grid))
+        every_map, every_truth = (torch.stack([read(pairs) for pairs in every], 1)
+                                  for read in (self.maps, self.truth_grid))
         return TrainingSet(
             samples, self.embeddings(samples).float().to(device), self.maps(samples).to(device),
             self.truth_grid(samples).to(device), every_map.to(device), every_truth.to(device),

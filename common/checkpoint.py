@@ -1,4 +1,4 @@
-"""What stages 2 and 3 keep on disk: weights, optimiser, random state, log and the settings that made them."""
+"""What stages 2 to 4 keep on disk: weights, optimiser, random state, log, rows, and the settings that made them."""
 
 import csv
 import hashlib
@@ -12,7 +12,8 @@ import torch
 from common.errors import UserError
 from common.settings import write_atomic
 
-CONTENT = {"settings": dict, "finished": bool, "generator": torch.Tensor, "log": list}  # beside weights and optimisers
+CONTENT = {"settings": dict, "finished": bool}  # of every such file,
+TRAINING = {"generator": torch.Tensor, "log": list}  # and of one that training goes on from
 SETTINGS = {"task": str, "branch": str, "seed": int, "shots": int, "rounds": int, "every_text": bool, "residual": float,
             "features": str}  # that stages read
 
@@ -43,7 +44,7 @@ def load(path: Path, stage: str, **further: type) -> dict:
                 raise ValueError(f"{wrong[0]} is no {kinds[wrong[0]].__name__}")
         if content["settings"]["branch"] not in ("implicit", "explicit"):
             raise ValueError("it is of no branch")
-        if not all(isinstance(value, (int, float)) for row in content["log"] for value in row.values()):
+        if not all(isinstance(value, (int, float)) for row in content.get("log", ()) for value in row.values()):
             raise ValueError("the log does not hold numbers")
         finite = all(tensor.isfinite().all() for tensor in _tensors(content))
     except Exception as error:  # which type it is depends on where in the file torch stumbles
@@ -90,11 +91,11 @@ def require_same(path: Path, stored: dict, settings: dict) -> None:
     """
     for name, value in settings.items():
         if name in ("features", "srm") and stored.get(name) != value:
-            raise UserError(f"{path} was made from another {name} file than the one there is now: delete it and run its "
-                            "stage again, or name another RUN_DIR")
+            raise UserError(f"{path} was made from another {name} file than the one there is now: delete it and run "
+                            "its stage again, or name another RUN_DIR")
         if stored.get(name) != value:
-            raise UserError(f"{path} was made with {name.upper()}={stored.get(name)}, and now it is {value}: set it back, "
-                            "name another RUN_DIR, or delete the file")
+            raise UserError(f"{path} was made with {name.upper()}={stored.get(name)}, and now it is {value}: set it "
+                            "back, name another RUN_DIR, or delete the file")
 
 
 def require_finished(path: Path, content: dict, stage: str) -> None:

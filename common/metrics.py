@@ -89,9 +89,10 @@ def e_measure(prediction: np.ndarray, truth: np.ndarray) -> float:
     return float(measure.cal_em_with_threshold(prediction, truth, threshold=0.5))
 
 
-def average_iou(values: list[float], classes: list[str] | None = None) -> float:
-    """mIoU of `overlap`'s results, averaged as `average` does."""
-    return average([{key: value for key in METRICS} for value in values], classes)["mIoU"]
+def average_iou(values: list[float], classes: list[str] | None = None) -> tuple[float, dict[str, float]]:
+    """mIoU of `overlap`'s results, averaged as `average` does, and {class: its IoU}, empty without classes."""
+    means = average([{key: value for key in METRICS} for value in values], classes)
+    return means["mIoU"], {label: its["mIoU"] for label, its in means.get("per_class", {}).items()}
 
 
 def average(per_image: list[dict[str, float]], classes: list[str] | None = None) -> dict:

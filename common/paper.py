@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 TABLES = json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
+CLASSES = list(TABLES["table5_iterations_voc_iou"]["rows"])  # the four of VOC that Tables 5 and 8 print
 OUR_NAMES = {"F_beta": "F", "E_phi": "E"}  # the paper's names where they differ from ours
 
 
@@ -24,8 +25,12 @@ def paper_row(key: str) -> dict[str, dict[str, float]]:
 def paper_figures(table: str, key: str) -> dict[str, dict[str, float]] | None:
     """The paper's figures beside one of `common.tables`' tables, for its task `key`; None where it prints none.
 
-    table: "rows", "classes", "labels", "foreground rate", "branches" or "shots".
+    table: "rows", "classes", "labels", "foreground rate", "branches", "shots" or "iterations".
     """
+    if table == "iterations":
+        printed = TABLES["table5_iterations_voc_iou"]
+        return {label: dict(zip(map(str, printed["columns"]), figures, strict=True))
+                for label, figures in printed["rows"].items()} if key == "voc" else None
     if table in ("rows", "classes"):
         if table == "classes" and key != "voc":
             return None

@@ -89,7 +89,8 @@ def train_step(srm: nn.Module, optimizer: torch.optim.Optimizer, s_c: Tensor, s_
     no augmentation: the encoder's features know direction and place, and no flipped image has a flipped embedding.)
     `generator`, on the CPU whatever the device, makes a resumed run draw what an undisturbed one draws.
     """
-    kept = (torch.rand(s_t.shape[:2], generator=generator) >= CHANNEL_DROP).to(s_t)[:, :, None, None] / (1 - CHANNEL_DROP)
+    kept = (torch.rand(s_t.shape[:2], generator=generator) >= CHANNEL_DROP).to(s_t) / (1 - CHANNEL_DROP)
+    kept = kept[:, :, None, None]
     logits = srm(s_c * kept, s_t * kept)
     loss = srm_loss(logits, truth)
     optimizer.zero_grad()

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 from common import settings
 from common.cache import Cache
-from common.paper import paper_figures, results_table
+from common.paper import CLASSES, paper_figures, results_table
 from common.tasks import get_task
 
 TASK = "demo_saliency"
@@ -43,7 +43,8 @@ _ALL = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")  # o
 _LABELS = {"RL + SRM": "AlignSAM", "RL + CLIP-Surgery map": "labels: CLIP Surgery",
            "RL + last SAM mask": "labels: last mask", "RL only (all positive)": "w/o SRM"}  # Table 8's names
 _CONTENT = {"task": str, "sam": str, "clip": str, "branch": str, "images": int, "rows": dict, "iou_per_round": dict,
-            "foreground_rate_attainable": float, "trained": dict}
+            "foreground_rate_attainable": float, "trained": dict, "rounds": int, "evaluation_seed": int,
+            "sample_actions": bool}
 
 
 class Experiment(NamedTuple):
@@ -75,11 +76,15 @@ def experiments(branch: str) -> dict[str, dict[str, Experiment]]:
     }
 
 
-def run_stages(task: str, seed: int, experiment: Experiment) -> dict:
-    """Runs the stages of an experiment, unless its results are there; returns the results."""
+def run_stages(task: str, seed: int, experiment: Experiment, like: dict | None = None) -> dict:
+    """Runs the stages of an experiment, unless its results are there; returns the results.
+
+    like: results of the task's first main run, see `require_asked`.
+    """
     main = Path("runs") / f"{task}-seed{seed}"
     folder = main.with_name(main.name + experiment.suffix)
-    if not (folder / experiment.results).exists():
+    path = folder / experiment.results
+    if not path.exists():
         same = [f"TASK={task}", f"RUN_DIR={folder}", f"FEATURES=runs/{task}/features.h5", f"DEVICE={DEVICE}",
                 f"SEED={seed}"]
         print(f"\n{folder}", flush=True)
@@ -90,29 +95,40 @@ def run_stages(task: str, seed: int, experiment: Experiment) -> dict:
         if experiment.agent is not None:
             run_script("03_train_agent.py", *same, *experiment.agent)
         run_script("04_evaluate.py", *same, f"RESULTS={experiment.results}", *experiment.evaluation)
-    constants = dict(constant.split("=", 1) for constant in experiment.evaluation)
-    rows = _ALL if constants["ROWS"] == "all" else tuple(constants["ROWS"].split(","))
-    content = read_results(folder / experiment.results, task, rows)
-    asked = dict(constant.split("=", 1) for constant in (*(experiment.srm or ()), *(experiment.agent or ())))
-    require_asked(folder / experiment.results, content["trained"],
-                  asked | {"SEED": str(seed), "features": cache_identity(task)})
+    rows = values_of(experiment.evaluation)["rows"]
+    content = read_results(path, task, _ALL if rows == "all" else tuple(rows.split(",")))
+    require_asked(path, content, experiment, seed, cache_identity(task), like or content)
     return content
+
+
+def values_of(constants: tuple[str, ...] | None) -> dict[str, str]:
+    """{"NAME=value"} as {name: value}, names in lower case as results hold them."""
+    return {name.lower(): value for name, value in (constant.split("=", 1) for constant in constants or ())}
 
 
 def cache_identity(task: str) -> str:
     return Cache.open(Path("runs") / task / "features.h5", task).identity()
 
 
-def require_asked(path: Path, trained: dict, asked: dict[str, str]) -> None:
-    """Raises UserError where the run behind `path` had other constants than `asked`, or another cache."""
-    for name, value in asked.items():
-        stored = str(trained.get(name.lower())).lower()
-        if stored != value.lower():
-            other = f"{name}={stored}, not {value}"
-            if name == "features":
-                other = "another features.h5 than the one there is now"
-            raise settings.UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete it, "
-                                     "and run the same command again")
+def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, features: str, like: dict) -> None:
+    """Raises UserError where the results at `path` are of another cache or of other constants than `experiment` has.
+
+    What the experiment does not name must be as in the results `like`: a table is of one recipe, though the constants at
+    the top of the scripts may be edited, and scripts run by hand, between one run and the next.
+    """
+    asked = values_of(experiment.srm) | values_of(experiment.agent) | {"seed": seed, "features": features}
+    follows = {"srm"} | ({"srm_steps"} if "branch" in asked else set())  # from the seed and the branch
+    training = {name: value for name, value in like["trained"].items() if name not in follows} | asked
+    evaluation = {name: like[name] for name in ("rounds", "sample_actions")} | {"evaluation_seed": seed}
+    evaluation |= {name: value for name, value in values_of(experiment.evaluation).items() if name == "rounds"}
+    for stored, wanted in ((content["trained"], training), (content, evaluation)):
+        for name, value in wanted.items():
+            if str(stored.get(name)).lower() != str(value).lower():
+                other = f"{name.upper()}={stored.get(name)}, not {value}"
+                if name == "features":
+                    other = "another features.h5 than the one there is now"
+                raise settings.UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete it, "
+                                         "and run the same command again")
 
 
 def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
@@ -189,18 +205,22 @@ def paper_tables(runs: dict[str, dict[str, list[dict]]], branch: str) -> dict[st
         order = sorted(columns, key=lambda column: int(column) if column.isdigit() else math.inf)
         return {name: {column: columns[column][name]["mIoU"] for column in order} for name in names}
 
+    def per_class(row: str, label: str) -> tuple[float, float | None]:
+        return spread([run["rows"][row]["per_class"][label]["mIoU"] for run in base])
+
+    classes = list(base[0]["rows"]["AlignSAM"].get("per_class", ()))
+    printed = [label for label in classes if label in CLASSES]
     tables = {"Tables 2 and 3: the method and its ablations": ({row: rows[row] for row in _ABLATIONS}, "rows")}
-    if "per_class" in base[0]["rows"]["AlignSAM"]:
-        classes = base[0]["rows"]["AlignSAM"]["per_class"]
-        tables["Table 3: IoU per class"] = ({row: {
-            name: spread([run["rows"][row]["per_class"][name]["mIoU"] for run in base]) for name in classes}
-            for row in _ABLATIONS}, "classes")
+    if classes:
+        tables["Table 3: IoU per class"] = (
+            {row: {label: per_class(row, label) for label in classes} for row in _ABLATIONS}, "classes")
     tables["Baselines and bounds"] = (
         {row: rows[row] for row in rows if row == "AlignSAM" or row not in _ABLATIONS}, None)
     tables["Table 8: source of the labels"] = (
-        {name: {"mIoU": rows[row]["mIoU"]} for name, row in _LABELS.items()}, "labels")
+        {name: {"mIoU": rows[row]["mIoU"]} | {label: per_class(row, label) for label in printed}
+         for name, row in _LABELS.items()}, "labels")
     tables["Table 9: foreground rate"] = (
-        {name: {"FR": rows[row]["FR"], "mIoU": rows[row]["mIoU"]}
+        {name: {metric: rows[row][metric] for metric in ("FR", "mIoU", "E")}
          for name, row in (("AlignSAM", "AlignSAM"), ("random", "w/o RL"))}
         | {"attainable": {"FR": spread([run["foreground_rate_attainable"] for run in base])}}, "foreground rate")
     if "plus" in runs:
@@ -214,6 +234,11 @@ def paper_tables(runs: dict[str, dict[str, list[dict]]], branch: str) -> dict[st
         tables["Table 5: IoU after each round (trained with T = 15)"] = (
             {row: {str(number): values[number] for number in (0, 1, 2, 3, 5, 10, 15, 20)}
              for row, values in rounds_of(runs).items()}, None)
+        if classes:
+            tables["Table 5: IoU of each class after each round, AlignSAM"] = (
+                {label: {str(number): spread([run["iou_per_round_per_class"]["AlignSAM"][label][number]
+                                              for run in runs["iterations"][""]]) for number in (1, 5, 10, 15, 20)}
+                 for label in classes}, "iterations")
     if "shots" in runs:
         tables["Table 10: labelled images, mIoU"] = (by_column("shots", "all", ("AlignSAM", "PerSAM")), "shots")
     if "rounds" in runs:
@@ -234,15 +259,22 @@ def main() -> None:
                                  "with your SAM, CLIP and DATA_DIR")
 
     wanted = {"main", *EXPERIMENTS, *(("rounds", "episodes") if FIGURE7 else ())}
-    runs = {name: {column: [run_stages(TASK, seed, experiment) for seed in SEEDS]
-                   for column, experiment in columns.items()}
-            for name, columns in experiments(task.branch).items() if name in wanted}
+    runs, first = {}, None
+    for name, columns in experiments(task.branch).items():
+        if name in wanted:
+            runs[name] = {}
+            for column, experiment in columns.items():
+                runs[name][column] = []
+                for seed in SEEDS:
+                    runs[name][column].append(run_stages(TASK, seed, experiment, first))
+                    first = first or runs[name][column][0]
 
-    first = runs["main"][""][0]
     real = first["sam"] != "demo" and first["clip"] != "demo"
     text = [f"# {TASK}", f"SAM {first['sam']}, CLIP {first['clip']}{'' if real else ' (stand-ins)'}, "
             f"{first['branch']} branch, {first['images']} test samples, seeds {', '.join(map(str, SEEDS))}. "
-            "Percent, MAE a fraction; mean ± deviation over seeds."]
+            "Percent, MAE a fraction; mean ± deviation over seeds.",
+            "Main runs: " + ", ".join(f"{name.upper()}={value}" for name, value in first["trained"].items()
+                                      if name not in ("task", "seed", "features", "srm")) + "."]
     tables = paper_tables(runs, task.branch)
     for title, (table, paper) in tables.items():
         figures = paper_figures(paper, task.paper) if real and paper and task.paper else None

@@ -100,7 +100,7 @@ def read_cache(path: Path) -> str:
 
 def read_srm(path: Path) -> str:
     """As stage 2 goes on from it, and as stage 3 starts from it."""
-    saved = checkpoint.load(path, "02_train_srm.py", step=int)
+    saved = checkpoint.load(path, "02_train_srm.py", step=int, **checkpoint.TRAINING)
     checkpoint.require_finished(path, saved, "02_train_srm.py")
     srm = build_srm(saved["settings"]["branch"], 64)
     checkpoint.restore(path, saved, srm=srm, optimizer=torch.optim.Adam(srm.parameters()), generator=torch.Generator())
@@ -109,7 +109,7 @@ def read_srm(path: Path) -> str:
 
 def read_agent(path: Path) -> str:
     """As stage 3 goes on from it, and as stage 4 starts from it."""
-    saved = checkpoint.load(path, "03_train_agent.py")
+    saved = checkpoint.load(path, "03_train_agent.py", **checkpoint.TRAINING)
     checkpoint.require_finished(path, saved, "03_train_agent.py")
     srm, actor, critic = build_srm(saved["settings"]["branch"], 64), Actor(64), Critic(64, scale=100)
     checkpoint.restore(path, saved, srm=srm, actor=actor, critic=critic, generator=torch.Generator(),

@@ -29,7 +29,8 @@ LAYOUT = Layout(
 )
 ATTRIBUTES = {
     "task": "sbu", "branch": "explicit", "sam": "vit_h", "sam_fingerprint": "0a", "clip": "demo",
-    "clip_fingerprint": "1b", "clip_size": 192, "image_size": 800, "precision": "fp32", "seed": 0, "versions": {"torch": "2.6"}, "time": "then"}
+    "clip_fingerprint": "1b", "clip_size": 192, "image_size": 800, "precision": "fp32", "seed": 0,
+    "versions": {"torch": "2.6"}, "time": "then"}
 WRITES = 9  # calls of os.pwrite for an entry: seven arrays, their CRCs and the flag
 
 
@@ -504,15 +505,18 @@ def test_a_centre_on_the_edge_of_two_pixels_takes_the_one_that_starts_there():
 
 
 def test_the_identity_tells_caches_apart_by_what_made_them_and_not_by_when(complete, tmp_path):
-    def identity(name: str, **changed) -> str:
+    def identity(name: str, labels: dict[int, np.ndarray] = {}, **changed) -> str:
         with CacheWriter.open_or_create(tmp_path / name, LAYOUT, ATTRIBUTES | changed) as writer:
             for row in writer.missing():
-                writer.write(row, **entry(row))
+                writer.write(row, **entry(row) | ({"labels": labels[row]} if row in labels else {}))
         return Cache.open(tmp_path / name).identity()
 
     same = Cache.open(complete).identity()
     assert identity("later.h5", time="now", versions={"torch": "9"}) == same
     assert identity("other.h5", sam="vit_b") != same
+    edited = entry(3)["labels"].copy()
+    edited[0, 0] = 1 - min(edited[0, 0], 1)
+    assert identity("edited.h5", {3: edited}) != same  # a mask that was mended makes other features of the same name
 
 
 def changed(complete: Path, change) -> Path:

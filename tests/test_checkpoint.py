@@ -23,7 +23,7 @@ def path(tmp_path):
 
 
 def load(path, **further):
-    return checkpoint.load(path, "02_train_srm.py TASK=sbu", **further)
+    return checkpoint.load(path, "02_train_srm.py TASK=sbu", **checkpoint.TRAINING, **further)
 
 
 def test_what_was_saved_comes_back(path):

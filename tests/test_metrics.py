@@ -5,7 +5,7 @@ import py_sod_metrics as sod
 import pytest
 
 from common.errors import UserError
-from common.metrics import average, evaluate_mask
+from common.metrics import average, average_iou, evaluate_mask
 from common.paper import paper_row, results_table
 
 
@@ -118,6 +118,12 @@ def test_classes_weigh_alike_however_many_images_hold_them():
     means = average(rows, ["cat", "dog", "cat"])
     assert {label: row["mIoU"] for label, row in means["per_class"].items()} == pytest.approx({"cat": 0.3, "dog": 0.9})
     assert [means[name] for name in ("mIoU", "F", "BER", "E", "MAE")] == pytest.approx([0.6] * 5)
+
+
+def test_the_iou_of_a_round_is_averaged_as_the_last_one_and_told_per_class():
+    assert average_iou([0.2, 0.4]) == (pytest.approx(0.3), {})
+    mean, by_class = average_iou([0.2, 0.4, 0.9], ["cat", "cat", "dog"])
+    assert by_class == pytest.approx({"cat": 0.3, "dog": 0.9}) and mean == pytest.approx(0.6)
 
 
 def test_an_average_of_nothing_is_refused():

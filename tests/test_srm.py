@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.srm import build_srm, sample_at, srm_loss
+from common.srm import build_srm, sample_at, srm_loss, train_step
 
 
 @pytest.mark.parametrize("branch", ["implicit", "explicit"])
@@ -54,6 +54,37 @@ def test_cells_without_truth_do_not_count():
     other[0, :, 2:] = 9
     assert torch.equal(srm_loss(logits, truth), srm_loss(other, truth))
     assert srm_loss(logits, truth) == srm_loss(logits[:, :, :2], truth[:, :, :2])
+
+
+@pytest.mark.parametrize("branch", ["implicit", "explicit"])
+def test_training_steps_learn_what_is_foreground(branch):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    srm = build_srm(branch, 16)
+    optimizer = torch.optim.Adam(srm.parameters(), 3e-3)
+    kinds = torch.randn(2, 16)  # the embeddings of background and of foreground, which is left of a random column
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        truth = (torch.arange(8) < torch.randint(1, 8, (4, 1, 1), generator=generator)).float().expand(4, 8, 8)
+        return kinds[truth.long()].permute(0, 3, 1, 2), truth
+
+    for _ in range(60):
+        state, truth = draw()
+        train_step(srm, optimizer, state, state, truth, generator)
+    state, truth = draw()
+    assert ((srm(state, state) > 0) == (truth > 0.5)).float().mean() > 0.95
+
+
+def test_a_training_step_hides_channels_by_the_generators_draw():
+    torch.manual_seed(0)
+    state, truth = torch.randn(2, 16, 4, 4), torch.ones(2, 4, 4)
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        srm = build_srm("implicit", 16)
+        optimizer = torch.optim.SGD(srm.parameters(), 0.0)
+        losses.append(train_step(srm, optimizer, state, state, truth, torch.Generator().manual_seed(seed))[0])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_samples_at_cell_centres_are_the_cells_and_halfway_their_mean():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import checkpoint
 from tests.conftest import STAGES, arrays, command, run
 
 
@@ -49,7 +50,8 @@ def test_results_hold_the_four_rows_and_the_iou_of_every_round(workplace):
     assert results["images"] == 6 and results["task"] == "folder"
     assert list(results["rows"]) == ["AlignSAM", "w/o RL", "w/o SRM", "w/o MSI"]
     for name, row in results["rows"].items():
-        assert {"mIoU", "F", "BER", "E", "MAE", "FR"} <= row.keys()
+        assert {"mIoU", "F", "BER", "E", "MAE"} <= row.keys()
+        assert ("FR" in row) == (name != "w/o MSI")  # a share of T points, and there is one
         assert len(results["iou_per_round"][name]) == (2 if name.endswith("MSI") else 4)
         assert all(0 <= value <= 1 for value in results["iou_per_round"][name])
     # one round of the same agent and SRM is the same prompting, wherever it is stopped
@@ -83,7 +85,9 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(workplace):
             done = run(workplace, script, f"RUN_DIR={run_dir}", "FEATURES=runs/folder/features.h5", f"SEED={seed}")
             assert done.returncode == 0, done.stderr
     assert same_weights(workplace / "again/agent.pt", workplace / "runs/folder/agent.pt")
-    assert not same_weights(workplace / "other/agent.pt", workplace / "runs/folder/agent.pt")
+    one, other = (torch.load(workplace / folder / "agent.pt", weights_only=True) for folder in ("runs/folder", "other"))
+    for part, weight in (("actor", "trunk.0.weight"), ("srm", "join.0.0.weight")):
+        assert not torch.equal(one[part][weight], other[part][weight]), part
 
 
 def killed_and_restarted(workplace: Path, script: str, begun: Path, entries, run_dir: str, *more: str) -> None:
@@ -116,11 +120,32 @@ def test_every_stage_killed_and_restarted_ends_like_an_undisturbed_run(workplace
     assert same_weights(killed / "srm.pt", workplace / "runs/folder/srm.pt")
     killed_and_restarted(workplace, "03_train_agent.py", killed / "agent.pt", lambda path: True, "killed")
     assert same_weights(killed / "agent.pt", workplace / "runs/folder/agent.pt")
-    killed_and_restarted(workplace, "04_evaluate.py", workplace / "stderr.txt",
-                         lambda path: "AlignSAM" in path.read_text(), "killed")  # its first row is under way
-    one, other = ((folder / "results.json").read_text() for folder in (killed, workplace / "runs/folder"))
-    assert one == other
+    killed_and_restarted(workplace, "04_evaluate.py", killed / "results.json.part", lambda path: True, "killed")
+    for name in ("results.json", "strips.png", "comparison.png"):
+        assert (killed / name).read_bytes() == (workplace / "runs/folder" / name).read_bytes(), name
+    assert not (killed / "results.json.part").exists()
     assert not list(killed.glob(".*")), "a temporary file was left behind"
+
+
+def test_stage_4_takes_over_finished_rows_of_the_same_agent_and_constants_only(workplace):
+    folder = workplace / "runs/folder"
+    same = ["ROWS=AlignSAM,w/o SRM", "RESULTS=again.json"]
+    assert run(workplace, "04_evaluate.py", *same, "PICTURES=0", "GALLERY=0").returncode == 0
+    results = json.loads((folder / "again.json").read_text())
+    trained = torch.load(folder / "agent.pt", weights_only=True)
+    stored = {"metrics": {**results["rows"]["AlignSAM"], "mIoU": 0.123}, "pictures": {},
+              "iou_per_round": results["iou_per_round"]["AlignSAM"], "iou_per_round_per_class": {}}
+    constants = {"actor": checkpoint.fingerprint(trained["actor"]),
+                 "trained_srm": checkpoint.fingerprint(trained["srm"]), "evaluation_rounds": 3, "evaluation_seed": 0,
+                 "sample_actions": False, "batch_size": 2, "pictures": 0, "gallery": 0}
+    for changed, figure in (({}, 0.123), ({"evaluation_rounds": 2}, results["rows"]["AlignSAM"]["mIoU"]),
+                            ({"actor": "0"}, results["rows"]["AlignSAM"]["mIoU"])):
+        checkpoint.save(folder / "again.json.part", {
+            "settings": trained["settings"] | constants | changed, "finished": False, "rows": {"AlignSAM": stored}})
+        done = run(workplace, "04_evaluate.py", *same, "PICTURES=0", "GALLERY=0")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((folder / "again.json").read_text())["rows"]["AlignSAM"]["mIoU"] == figure
+    (folder / "again.json").unlink()
 
 
 def test_stages_3_and_4_see_the_state_that_stage_2_chose(workplace):
@@ -141,8 +166,10 @@ def test_stages_3_and_4_see_the_state_that_stage_2_chose(workplace):
 
 @pytest.mark.parametrize("script, arguments, sentence", [
     ("02_train_srm.py", ["RUN_DIR=nowhere"], "run 01_cache_features.py TASK=folder RUN_DIR=nowhere first"),
-    ("03_train_agent.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"], "run 02_train_srm.py TASK=folder RUN_DIR=nowhere FEATURES=runs/folder/features.h5 first"),
-    ("04_evaluate.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"], "run 03_train_agent.py TASK=folder RUN_DIR=nowhere FEATURES=runs/folder/features.h5 first"),
+    ("03_train_agent.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"],
+     "run 02_train_srm.py TASK=folder RUN_DIR=nowhere FEATURES=runs/folder/features.h5 first"),
+    ("04_evaluate.py", ["RUN_DIR=nowhere", "FEATURES=runs/folder/features.h5"],
+     "run 03_train_agent.py TASK=folder RUN_DIR=nowhere FEATURES=runs/folder/features.h5 first"),
     ("02_train_srm.py", ["STEPS=21"], "STEPS=20, and now it is 21"),
     ("03_train_agent.py", ["GAMMA=0.5"], "GAMMA=0.99, and now it is 0.5"),
     ("01_cache_features.py", ["SEED=3"], "SEED=0"),
@@ -158,7 +185,10 @@ def test_stages_3_and_4_see_the_state_that_stage_2_chose(workplace):
     ("02_train_srm.py", ["SEED=-1"], "SEED=-1 must be 0 or more"),
     ("02_train_srm.py", ["RESIDUAL=2"], "RESIDUAL=2.0 is no share"),
     ("01_cache_features.py", ["RUN_DIR=new", "SHOTS=1"], "SHOTS=1 is too few"),
-    ("02_train_srm.py", ["BRANCH=both", "RUN_DIR=new", "FEATURES=runs/folder/features.h5"], "neither implicit nor explicit"),
+    ("02_train_srm.py", ["BRANCH=both", "RUN_DIR=new", "FEATURES=runs/folder/features.h5"],
+     "neither implicit nor explicit"),
+    ("02_train_srm.py", ["SHOTS=1", "RUN_DIR=new", "FEATURES=runs/folder/features.h5"], "SHOTS=1 is too few"),
+    ("04_evaluate.py", ["RESULTS=agent.pt"], "RESULTS=agent.pt is no name of a results file"),
 ])
 def test_a_mistake_gets_one_sentence_and_no_traceback(workplace, script, arguments, sentence):
     done = run(workplace, script, *arguments)

@@ -24,9 +24,12 @@ def scripts(monkeypatch, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         if script.startswith("02"):
             (folder / "srm.pt").write_text(given["SEED"])
-            trained[folder] = {}
+            trained.pop(folder, None)
         if script.startswith(("02", "03")):
-            trained.setdefault(folder, {}).update({name.lower(): value for name, value in given.items()} | {"features": "0a"})
+            trained.setdefault(folder, {"episodes": "50", "rounds": "15", "shots": "0", "residual": "0.0",
+                                        "every_text": "false", "branch": "implicit"})
+            trained[folder].update({name.lower(): value for name, value in given.items()
+                                    if name not in ("RUN_DIR", "FEATURES", "DEVICE")} | {"features": "0a"})
         if script.startswith("04"):
             rows = ["AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", "labels: CLIP Surgery", "labels: last mask", "PerSAM"]
             rows = rows if given["ROWS"] == "all" else given["ROWS"].split(",")
@@ -36,6 +39,7 @@ def scripts(monkeypatch, tmp_path):
             (folder / given["RESULTS"]).write_text(json.dumps({
                 "task": given["TASK"], "sam": "demo", "clip": "demo", "branch": "implicit", "images": 240,
                 "foreground_rate_attainable": 0.4, "trained": trained.get(folder, {}),
+                "rounds": rounds, "evaluation_seed": int(given["SEED"]), "sample_actions": False,
                 "rows": {name: row for name in rows},
                 "iou_per_round": {name: [score + 0.01 * number for number in range(rounds + 1)] for name in rows}}))
 
@@ -50,7 +54,7 @@ def test_the_tables_hold_mean_and_deviation_over_seeds_and_nothing_is_run_twice(
     first = len(scripts)
     stages = [stage for stage, _ in scripts]
     assert stages.count("01") == 1
-    assert stages.count("02") == stages.count("03") == 2 * 5  # per seed: main, AlignSAM+, the other branch, 5 and 20 shots
+    assert stages.count("02") == stages.count("03") == 2 * 5  # a seed: main, AlignSAM+, other branch, 5 and 20 shots
     assert stages.count("04") == 2 * 6  # and 20 rounds
     text = Path("runs/demo_saliency/tables.md").read_text()
     assert "| AlignSAM | 45.00 ± 7.07 |" in text  # 0.4 and 0.5, deviation 0.0707
@@ -70,7 +74,8 @@ def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
     tables.main()
     of = {(stage, Path(given.get("RUN_DIR", "")).name, given.get("RESULTS")): given for stage, given in scripts}
     assert of["02", "demo_saliency-seed0-explicit", None]["BRANCH"] == "explicit"
-    assert of["02", "demo_saliency-seed0-shots5", None]["SHOTS"] == of["03", "demo_saliency-seed0-shots5", None]["SHOTS"] == "5"
+    assert of["02", "demo_saliency-seed0-shots5", None]["SHOTS"] == "5"
+    assert of["03", "demo_saliency-seed0-shots5", None]["SHOTS"] == "5"
     assert of["02", "demo_saliency-seed0-plus", None]["RESIDUAL"] == "0.5"
     assert of["04", "demo_saliency-seed0", "T20.json"]["ROUNDS"] == "20"
     assert of["03", "demo_saliency-seed0-episodes100", None]["EPISODES"] == "100"
@@ -95,6 +100,29 @@ def test_results_of_another_cache_or_of_other_constants_are_not_taken_for_these(
         tables.main()
 
 
+@pytest.mark.parametrize("stored, other, said", [
+    ('"episodes": "50"', '"episodes": "5"', "EPISODES=5, not 50"), ('"rounds": 15', '"rounds": 5', "ROUNDS=5, not 15"),
+    ('"sample_actions": false', '"sample_actions": true', "SAMPLE_ACTIONS=True, not False")])
+def test_a_table_is_of_one_recipe(scripts, monkeypatch, stored, other, said):
+    monkeypatch.setattr(tables, "SEEDS", (0, 1))
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
+    tables.main()
+    path = Path("runs/demo_saliency-seed1/results.json")
+    assert stored in path.read_text()
+    path.write_text(path.read_text().replace(stored, other))
+    with pytest.raises(UserError, match=f"seed1/results.json comes from a run with {said}"):
+        tables.main()
+
+
+def test_20_rounds_that_are_fewer_are_not_taken_for_them(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("iterations",))
+    tables.main()
+    path = Path("runs/demo_saliency-seed0/T20.json")
+    path.write_text(path.read_text().replace('"rounds": 20', '"rounds": 15'))
+    with pytest.raises(UserError, match="T20.json comes from a run with ROUNDS=15, not 20"):
+        tables.main()
+
+
 def test_real_data_without_a_cache_are_not_guessed_at(scripts, monkeypatch):
     monkeypatch.setattr(tables, "TASK", "duts")
     with pytest.raises(UserError, match="run 01_cache_features.py TASK=duts first"):
@@ -109,6 +137,7 @@ def test_the_papers_figures_stand_beside_the_right_rows():
     assert paper_figures("branches", "sbu") == {"implicit": {"mIoU": 19.40}, "explicit": {"mIoU": 30.78}}
     assert paper_figures("shots", "msd")["AlignSAM"] == {"5": 31.19, "20": 38.78}
     assert paper_figures("foreground rate", "duts")["random"]["FR"] == 14.6
+    assert paper_figures("iterations", "voc")["sheep"]["20"] == 74.0 and paper_figures("iterations", "duts") is None
     assert paper_figures("shots", "sbu") is None and paper_figures("labels", "duts") is None
     table = results_table({"implicit": {"mIoU": (0.2, 0.01)}}, paper_figures("branches", "sbu"))
     assert "| implicit | 20.00 ± 1.00 | 19.40 |" in table and "| explicit (paper only) | – | 30.78 |" in table
