@@ -19,6 +19,7 @@ from statistics import median
 import numpy as np
 import py_sod_metrics as sod
 import torch
+import torch.profiler
 from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
@@ -44,6 +45,7 @@ EPISODE_IMAGES = 4  # in the PPO episode: the paper has 50, for which the refere
 CACHED = 32  # entries read from a temporary cache: 2 MB of embedding each
 MASKS = 1000  # about the size of a test set
 REPEATS = 3  # timed runs of each side, of which the median counts
+PROFILE = 0  # operators of our side that are named below the table, the dearest first; 0 = no profile
 SEED = 0  # of weights, pictures, points and masks
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 OUT = "runs/bench.json"  # the figures of the table, and every single run's time
@@ -342,6 +344,19 @@ def measure(workload: Workload, device: torch.device, ceiling: tuple[float, floa
     return entry
 
 
+def profile(side: Side, device: torch.device) -> list[tuple[str, float]]:
+    """The PROFILE operators that take the most time of one call themselves, each with its share of all of them."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    spent = "self_cpu_time_total"
+    if device.type == "cuda":
+        activities, spent = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
+    with torch.profiler.profile(activities=activities) as recorded:
+        side()
+    times = {event.key: getattr(event, spent) for event in recorded.key_averages()}
+    dearest = sorted(times, key=times.get, reverse=True)[:PROFILE]
+    return [(name, times[name] / sum(times.values())) for name in dearest]
+
+
 def row(entry: dict, ceiling: tuple[float, float] | None) -> str:
     """An entry as a line of the table."""
     def side(prefix: str) -> str:
@@ -381,7 +396,7 @@ def build_sam(device: torch.device) -> Sam:
 
 def main() -> None:
     settings.positive(globals(), "IMAGES", "BATCH", "PROMPTED", "EPISODE_IMAGES", "CACHED", "MASKS", "REPEATS")
-    settings.not_negative(globals(), "SEED")
+    settings.not_negative(globals(), "SEED", "PROFILE")
     if EPISODE_IMAGES < 2:
         raise settings.UserError("EPISODE_IMAGES=1 is too few to compare an action with another: set 2 or more")
     if unknown := [name for name in WORKLOADS if name not in ("all", *_BUILDERS)]:
@@ -401,8 +416,14 @@ def main() -> None:
     print(f"\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen:
-            report["workloads"][name] = entry = measure(_BUILDERS[name](sam, Path(folder)), device, ceiling)
+            workload = _BUILDERS[name](sam, Path(folder))
+            report["workloads"][name] = entry = measure(workload, device, ceiling)
             print(row(entry, ceiling), flush=True)
+            if PROFILE:
+                entry["profile"] = profile(workload.ours, device)
+    for name in chosen if PROFILE else ():
+        print(f"\n{name}: " + ", ".join(f"{operator} {100 * share:.0f} %"
+                                        for operator, share in report["workloads"][name]["profile"]))
     settings.write_atomic(Path(OUT), lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
     print(f"\nwrote {OUT}")
     if apart := [name for name in chosen if not report["workloads"][name]["agrees"]]:
