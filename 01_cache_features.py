@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import cache, checkpoint, datasets, distributed, settings
 from common.batches import in_batches
-from common.clip_surgery import ClipSurgery, load_clip
+from common.clip_surgery import ClipSurgery, FrozenModels, load_clip
 from common.datasets import draw_shots, image_size, list_samples, load_image, load_labels
-from common.sam import SamEmbedder, load_sam, sam_fingerprint, squash
+from common.sam import SamEmbedder, load_sam, sam_fingerprint
 from common.tasks import get_task
 
 # what is segmented
@@ -81,7 +80,7 @@ def main() -> None:
         clip, tokenizer = load_clip(CLIP, device)
     embedder = SamEmbedder(sam, PRECISION)
     clip_size = CLIP_SIZE or (192 if CLIP == "demo" else 512)
-    surgery = ClipSurgery(clip, tokenizer, clip_size, task.texts)
+    frozen = FrozenModels(embedder, ClipSurgery(clip, tokenizer, clip_size, task.texts), IMAGE_SIZE)
     grid = sam.prompt_encoder.image_embedding_size
 
     layout = cache.Layout(
@@ -102,14 +101,11 @@ def main() -> None:
         settings.lock(path.parent)
         writer = cache.CacheWriter.open_or_create(path, layout, provenance)
 
-    def read(row: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """One image: its row, what SAM sees, what CLIP sees, its label map, its small picture."""
+    def read(row: int) -> tuple[int, tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
+        """One image: its row, what SAM and CLIP see, its label map, its small picture."""
         sample = images[row]
         image = load_image(sample.image)
-        side = (clip_size, clip_size)
-        return (row, squash(image, sam.image_encoder.img_size, IMAGE_SIZE),
-                np.asarray(Image.fromarray(image).resize(side, Image.BILINEAR)),
-                load_labels(sample, task, image.shape[:2]),
+        return (row, frozen.see(image), load_labels(sample, task, image.shape[:2]),
                 np.asarray(Image.fromarray(image).resize((cache.PICTURE, cache.PICTURE), Image.BILINEAR)))
 
     def read_ahead(rows: list[int], pool: ThreadPoolExecutor) -> Iterator[tuple]:
@@ -121,11 +117,8 @@ def main() -> None:
             ahead.extend(pool.submit(read, row) for row in islice(waiting, 1))
 
     def embed(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
-        """F (B, C, h, w) and M_c (B, K, h, w), resized to h x w, of a batch of what `read` returns."""
-        _, for_sam, for_clip, _, _ = zip(*batch)
-        embeddings = embedder.embed(np.stack(for_sam))
-        maps = surgery.maps(torch.from_numpy(np.stack(for_clip)).permute(0, 3, 1, 2))
-        return embeddings, F.interpolate(maps, grid, mode="bilinear")
+        """F (B, C, h, w) and M_c (B, K, h, w) of a batch of what `read` returns."""
+        return frozen.features([seen for _, seen, _, _ in batch])
 
     mend = "choose a smaller SAM (SAM=vit_b is the smallest of Meta's), PRECISION=bf16 or DEVICE=cpu"
     missing = distributed.share(writer.missing())
@@ -133,7 +126,7 @@ def main() -> None:
                disable=distributed.RANK > 0)
     with writer, bar, ThreadPoolExecutor(WORKERS) as pool:
         for batch, (embeddings, maps) in in_batches(read_ahead(missing, pool), BATCH_SIZE, embed, mend):
-            rows, _, _, labels, pictures = zip(*batch)
+            rows, _, labels, pictures = zip(*batch)
             for entry in zip(rows, embeddings, maps, labels, pictures):
                 writer.write(*entry)
             bar.update(len(images) - len(writer.missing()) - bar.n)  # what the other processes wrote counts too

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import checkpoint
-from common.clip_surgery import ClipSurgery, load_clip
+from common.clip_surgery import ClipSurgery, FrozenModels, load_clip
 from common.datasets import load_image
 from common.episode import Episode
 from common.errors import UserError
 from common.pictures import draw_points, overlay
-from common.sam import SamEmbedder, full_masks, load_sam, sam_fingerprint, squash
+from common.sam import SamEmbedder, full_masks, load_sam, sam_fingerprint
 from common.settings import write_atomic
 
 Align = Callable[[torch.Tensor, torch.Tensor], Episode]
@@ -75,8 +75,8 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
         if found != attributes[f"{name}_fingerprint"]:
             raise UserError(f"{name.upper()}={attributes[name]} is not the one that made the cache: run stage 1 again")
     embedder = SamEmbedder(sam, attributes["precision"])
-    side, frame, grid = attributes["clip_size"], attributes["image_size"], sam.prompt_encoder.image_embedding_size
-    surgery = ClipSurgery(clip, tokenizer, side, texts)
+    surgery, frame = ClipSurgery(clip, tokenizer, attributes["clip_size"], texts), attributes["image_size"]
+    frozen = FrozenModels(embedder, surgery, frame)
     stems = [path.stem for path in paths]
     out.mkdir(parents=True, exist_ok=True)
     broken = []
@@ -89,10 +89,7 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
                 print(f"skipped: {error}", file=sys.stderr)
                 broken.append(path.name)
                 continue
-            embedding = embedder.embed(squash(image, sam.image_encoder.img_size, frame)[None])
-            for_clip = np.asarray(Image.fromarray(image).resize((side, side), Image.BILINEAR))
-            maps = surgery.maps(torch.from_numpy(for_clip.copy()).permute(2, 0, 1)[None])
-            maps = F.interpolate(maps, grid, mode="bilinear")
+            embedding, maps = frozen.features([frozen.see(image)])
             episode = align(embedding.expand(len(chosen), -1, -1, -1), maps[0, chosen])
             masks = np.stack([full_masks(logits, image.shape[:2]).cpu().numpy() for logits in episode.logits])
 
