@@ -77,9 +77,9 @@ def list_samples(task: Task, data_dir: str | Path) -> list[Sample]:
 
 def load_image(path: Path) -> np.ndarray:
     """uint8 H x W x 3 RGB, turned as EXIF says; grey, palette, CMYK and 16-bit pictures are converted, alpha
-    is dropped. Raises UserError naming a file that cannot be read."""
+    is dropped. Raises UserError naming a file that cannot be read, or whose range of values cannot be told."""
     with _opened(path) as picture:
-        return _as_array(ImageOps.exif_transpose(picture), "RGB")
+        return _as_array(ImageOps.exif_transpose(picture), "RGB", path)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -94,8 +94,9 @@ def load_labels(sample: Sample, task: Task, image_size: tuple[int, int]) -> np.n
     """uint8 H x W label map in the frame of `load_image(sample.image)`, whose (H, W) is image_size.
 
     0 is background and k the task's k-th text. Binary masks of any picture mode are foreground above 127 of
-    255 (a mask whose largest value is 1 is taken to hold 0 and 1, not grey levels); VOC masks hold palette
-    indices, and `IGNORE` = 255 where there is no truth. A mask of another scale is resized, nearest.
+    255 (a mask whose largest value is 1 is taken to hold 0 and 1, not grey levels, unless it is a JPEG); VOC
+    masks hold palette indices, and `IGNORE` = 255 where there is no truth. A mask of another scale is resized,
+    nearest.
     A photograph that EXIF turns: its mask is taken to be drawn on the turned view if its size or aspect fits
     that, else on the stored pixels, and is then turned likewise.
     Raises UserError naming the mask: unreadable, without usable values, or of another aspect than the image.
@@ -268,21 +269,27 @@ def _orientation(picture: Image.Image) -> int:
     return picture.getexif().get(ExifTags.Base.Orientation, 1)
 
 
-def _as_array(picture: Image.Image, mode: Literal["RGB", "L"]) -> np.ndarray:
-    """uint8 array in that mode. 16-bit pictures keep their upper byte, unless all their values fit into the
-    lower one (Pillow itself would clip them to white)."""
+def _as_array(picture: Image.Image, mode: Literal["RGB", "L"], path: Path) -> np.ndarray:
+    """uint8 array in that mode, of the picture in `path`. 16-bit pictures keep their upper byte, unless all their
+    values fit into the lower one (Pillow itself would clip them to white). Raises UserError for floats, and for 10 or
+    12 bits in 16: what is white in them is not told, and by either rule they would be black."""
+    if picture.mode == "F":
+        raise UserError(f"{path} holds floating-point numbers, which have no known white: save it with 8 bits a channel")
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
-        values = values if values.max() <= 255 else values // 256
+        if 255 < (top := values.max()) < 2**12:
+            raise UserError(f"{path} has 16 bits or more and its values end at {top}, so that it would be read as "
+                            "black: save it with 8 bits a channel")
+        values = values if top <= 255 else values // 256
         picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return np.array(picture.convert(mode))
 
 
 def _binary_labels(picture: Image.Image, sample: Sample) -> np.ndarray:
-    values = _as_array(picture, "L")
-    top = values.max()
-    # JPEG noise on an empty mask is no fault; a lossless mask that stays dark holds class numbers.
-    if 1 < top <= 127 and picture.format != "JPEG":
+    values = _as_array(picture, "L", sample.mask)
+    # A lossless mask that stays dark holds class numbers; on an empty JPEG mask that is noise, and no fault.
+    top = 255 if picture.format == "JPEG" else values.max()
+    if 1 < top <= 127:
         raise UserError(f"the grey levels of {sample.mask} end at {top}: save its foreground as 255")
     return (values > (0 if top == 1 else 127)).astype(np.uint8)
 

@@ -41,8 +41,8 @@ def half(height=6, width=8, top=255):
     return mask
 
 
-def picture(height=6, width=8):
-    return np.full((height, width, 3), 90, np.uint8)
+def picture(height=6, width=8, value=90):
+    return np.full((height, width, 3), value, np.uint8)
 
 
 def pair(images, masks, name):
@@ -261,6 +261,19 @@ def test_palette_and_16_bit_pngs_come_out_as_rgb(tmp_path):
     assert load_image(path)[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
 
 
+def test_floats_and_few_bits_in_16_are_refused_by_name_and_true_16_bits_are_not(tmp_path):
+    bright = np.full((6, 8), 4096, np.uint16)
+    assert load_image(save(tmp_path / "16.png", bright)).tolist() == picture(value=16).tolist()
+    assert load_image(save(tmp_path / "8.png", half().astype(np.uint16))).max() == 255
+    for name, values in (("12.png", bright - 1), ("12.tif", (bright - 1).astype(np.int32)),
+                         ("float.tif", bright.astype(np.float32) / 4096)):
+        path = save(tmp_path / name, values)
+        with pytest.raises(UserError, match=rf"{path} .*: save it with 8 bits a channel"):
+            load_image(path)
+    with pytest.raises(UserError, match=r"masks/x\.png .* end at 4095"):
+        labels_of(one(tmp_path, mask=bright - 1))
+
+
 # Where the stored top left corner is seen, by EXIF 2.3's table of orientations.
 SEEN_AT = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
 
@@ -379,8 +392,11 @@ def test_a_binary_mask_that_holds_class_numbers_is_named(tmp_path):
         labels_of(one(tmp_path, mask=half(top=15)))
 
 
-def test_the_noise_of_an_empty_jpeg_mask_is_background(tmp_path):
-    assert not labels_of(one(tmp_path, mask=half(top=3), mask_name="x.jpg")).any()
+@pytest.mark.parametrize("top", [1, 3])
+def test_the_noise_of_an_empty_jpeg_mask_is_background(tmp_path, top):
+    sample = one(tmp_path, mask=np.full((16, 16), top, np.uint8), image=picture(16, 16), mask_name="x.jpg")
+    assert load_image(sample.mask).max() == top  # what JPEG itself makes of it
+    assert not labels_of(sample).any()
 
 
 def test_voc_masks_are_read_as_indices_with_255_kept(tmp_path):
