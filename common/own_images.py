@@ -1,8 +1,9 @@
-"""Masks for images of one's own, by a trained run: no ground truth, no cache, any size and any format that Pillow reads."""
+"""Masks for images of one's own, by a trained run: no ground truth, no cache, any size, any format of Pillow's."""
 
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import checkpoint
+from common.batches import in_batches
 from common.clip_surgery import ClipSurgery, FrozenModels, load_clip
 from common.datasets import load_image
 from common.episode import Episode
@@ -26,7 +28,7 @@ Align = Callable[[torch.Tensor, torch.Tensor], Episode]
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The files below `folder`, itself only, whose name ends as a format that Pillow reads. Raises UserError if none."""
+    """The files in `folder` itself whose name ends as a format that Pillow reads. Raises UserError if none."""
     if not folder.is_dir():
         raise UserError(f"IMAGES={folder} is no folder: name the folder that holds your images")
     Image.init()
@@ -42,6 +44,8 @@ def choose_texts(texts: tuple[str, ...], classes: tuple[str, ...]) -> list[int]:
     """Indices of `classes` among the run's texts; ("all",) = all of them. Raises UserError naming the first unknown."""
     if classes == ("all",):
         return list(range(len(texts)))
+    if "all" in classes:
+        raise UserError(f"CLASSES names 'all' beside others: set CLASSES=all, or choose among {', '.join(texts)}")
     if unknown := [name for name in classes if name not in texts]:
         raise UserError(f"CLASSES names {unknown[0]!r}, which this run does not know: choose among {', '.join(texts)}")
     return [texts.index(name) for name in dict.fromkeys(classes)]
@@ -57,18 +61,57 @@ def palette() -> list[int]:
     return colours.ravel().tolist()
 
 
+def name_files(paths: list[Path], words: list[str]) -> dict[Path, list[str]]:
+    """The names of each image's files, without suffix: the image's own, or with words photo-<word> for each of them.
+
+    Raises UserError where two images would be written to the same file.
+    """
+    stems, names, owner = Counter(path.stem for path in paths), {}, {}
+    for path in paths:
+        stem = path.stem if stems[path.stem] == 1 else path.name  # a.jpg beside a.png
+        names[path] = [f"{stem}-{re.sub(r'[^0-9A-Za-z]+', '-', word)}" for word in words] or [stem]
+        for name in names[path]:
+            if name in owner:
+                raise UserError(f"the masks of {owner[name].name} and {path.name} would both be written to {name}.png: "
+                                "rename one of the images")
+            owner[name] = path
+    return names
+
+
+def read_lines(path: Path) -> dict[str, dict]:
+    """{mask's file name: its line} of a masks.jsonl, of the masks that are still there; empty where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        lines = {line["mask"]: line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        return {name: line for name, line in lines.items() if (path.parent / name).exists()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not what was written: move it away") from error
+
+
+def write_lines(path: Path, lines: dict[str, dict]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines.values())
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], classes: tuple[str, ...], align: Align,
             srm: nn.Module, device: torch.device) -> None:
     """Segments every image of a folder and writes below `out`, for an image photo.jpg:
 
-    photo.png (binary mask, 0 or 255, the image's own size), photo-overlay.png (with its points), and a line of
-    masks.jsonl. With several texts these are photo-<text>.png and photo-<text>-overlay.png, and photo-classes.png is an
-    indexed picture: 0 = nothing, k = the k-th text, where masks overlap the one of the highest SRM probability.
+    photo.png (binary mask, 0 or 255, the image's own size), overlays/photo.png (with its points), and a line of
+    masks.jsonl. With several texts the two are called photo-<text>.png, and photo-classes.png is an indexed picture:
+    0 = nothing, k = the k-th text, where masks overlap the one of the highest SRM probability.
 
-    attributes: of the run's cache, from which SAM and CLIP are loaded. align: AlignSAM on embeddings (B, C, h, w) and maps
-    (B, h, w). Raises UserError where a model is not the cache's, and at the end where files could not be read.
+    masks.jsonl is replaced as a whole when this ends, also by Ctrl-C or an error; lines of masks that earlier calls
+    made stay. After a kill it is the earlier one, and the same call, which computes every image again, completes it.
+
+    attributes: of the run's cache, from which SAM and CLIP are loaded. align: AlignSAM on embeddings (B, C, h, w) and
+    maps (B, h, w). Raises UserError where a model is not the cache's, where two images' files would have one name,
+    where an image's features are not finite or do not fit into memory, and at the end where files could not be read.
     """
     paths, chosen = find_images(Path(images).expanduser()), choose_texts(texts, classes)
+    names = name_files(paths, [*(texts[text] for text in chosen), "classes"] if len(texts) > 1 else [])
+    lines = read_lines(out / "masks.jsonl")
     sam = load_sam(attributes["sam"], device)
     clip, tokenizer = load_clip(attributes["clip"], device)
     for name, found in (("sam", sam_fingerprint(sam)), ("clip", checkpoint.fingerprint(clip.state_dict()))):
@@ -77,11 +120,20 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
     embedder = SamEmbedder(sam, attributes["precision"])
     surgery, frame = ClipSurgery(clip, tokenizer, attributes["clip_size"], texts), attributes["image_size"]
     frozen = FrozenModels(embedder, surgery, frame)
-    stems = [path.stem for path in paths]
-    out.mkdir(parents=True, exist_ok=True)
-    broken = []
 
-    with open(out / "masks.jsonl", "w", encoding="utf-8") as lines:
+    def compute(batch: list[tuple[Path, np.ndarray]]) -> tuple[Episode, np.ndarray]:
+        """AlignSAM on the chosen texts of one image: the episode as it ended, and masks (K, H, W) bool."""
+        [(path, image)] = batch
+        embedding, maps = frozen.features([frozen.see(image)])
+        for what, values in (("SAM's embedding", embedding), ("the CLIP map", maps)):
+            if not values.isfinite().all():
+                raise UserError(f"{what} of {path} holds NaN or infinite values: run stage 1 with PRECISION=fp32 into "
+                                "another RUN_DIR, or check the weights")
+        episode = align(embedding.expand(len(chosen), -1, -1, -1), maps[0, chosen])
+        return episode, np.stack([full_masks(logits, image.shape[:2]).cpu().numpy() for logits in episode.logits])
+
+    broken = []
+    try:
         for path in tqdm(paths, "segmenting"):
             try:
                 image = load_image(path)
@@ -89,25 +141,24 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
                 print(f"skipped: {error}", file=sys.stderr)
                 broken.append(path.name)
                 continue
-            embedding, maps = frozen.features([frozen.see(image)])
-            episode = align(embedding.expand(len(chosen), -1, -1, -1), maps[0, chosen])
-            masks = np.stack([full_masks(logits, image.shape[:2]).cpu().numpy() for logits in episode.logits])
+            mend = f"set DEVICE=cpu, or make {path} smaller"
+            [(_, (episode, masks))] = in_batches([(path, image)], 1, compute, mend)
 
-            stem = path.stem if stems.count(path.stem) == 1 else path.name  # a.jpg beside a.png
             scale = np.array(image.shape[1::-1]) / frame
-            for mask, text, points, labels, quality in zip(masks, chosen, episode.points.cpu().numpy(),
-                                                           episode.labels.tolist(), episode.predicted_iou.tolist()):
-                name = stem if len(texts) == 1 else f"{stem}-{re.sub(r'[^0-9A-Za-z]+', '-', texts[text])}"
+            for name, mask, text, points, labels, quality in zip(
+                    names[path], masks, chosen, episode.points.cpu().numpy(), episode.labels.tolist(),
+                    episode.predicted_iou.tolist()):
                 save(out / f"{name}.png", Image.fromarray(mask.astype(np.uint8) * 255))
                 picture = overlay(image, mask, image.shape[1::-1])
                 draw_points(picture, points, labels, frame)
-                save(out / f"{name}-overlay.png", picture)
-                line = {"image": path.name, "text": texts[text], "mask": f"{name}.png", "labels": labels,
-                        "points": (points * scale).round(1).tolist(), "predicted_iou": round(quality, 4)}
-                lines.write(json.dumps(line) + "\n")
+                save(out / "overlays" / f"{name}.png", picture)
+                lines[f"{name}.png"] = {
+                    "image": path.name, "text": texts[text], "mask": f"{name}.png", "labels": labels,
+                    "points": (points * scale).round(1).tolist(), "predicted_iou": round(quality, 4)}
             if len(texts) > 1:
-                save(out / f"{stem}-classes.png", indexed(masks, episode.foreground(srm), chosen))
-            lines.flush()
+                save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), chosen))
+    finally:
+        write_lines(out / "masks.jsonl", lines)
     print(f"wrote masks of {len(paths) - len(broken)} images to {out}")
     if broken:
         raise UserError(f"{len(broken)} of {len(paths)} files could not be read ({', '.join(broken[:5])}"

@@ -5,17 +5,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from common import checkpoint
+from common.clip_surgery import load_clip
 from common.errors import UserError
-from common.own_images import choose_texts, find_images, indexed, palette
+from common.own_images import choose_texts, find_images, indexed, name_files, palette, segment
+from common.sam import SamEmbedder, load_sam, sam_fingerprint
 from common.standin.scenes import PALETTE, paths, write_scene
 from tests.conftest import ROOT, run
 
+CPU = torch.device("cpu")
 TINY = {
     "01_cache_features.py": ["SHOTS=12", "BATCH_SIZE=4"],
     "02_train_srm.py": ["STEPS=4", "HELD_OUT=4", "SRM_BATCH=2"],
@@ -41,8 +46,9 @@ def voc(tmp_path_factory) -> Path:
             ignored.putpalette(PALETTE + [0] * (768 - len(PALETTE)))  # all 256, or PNG keeps fewer bits
             ignored.save(path)
     for script, constants in TINY.items():
-        done = subprocess.run([sys.executable, str(ROOT / script), "TASK=demo_semantic", "DEVICE=cpu", *constants,
-                               *(["DATA_DIR=data"] if script[1] == "1" else [])], cwd=folder, capture_output=True, text=True)
+        where = ["DATA_DIR=data"] if script[1] == "1" else []
+        command = [sys.executable, str(ROOT / script), "TASK=demo_semantic", "DEVICE=cpu", *constants, *where]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -79,12 +85,12 @@ def test_every_readable_image_gets_a_mask_of_its_own_size_and_a_broken_one_is_na
     assert "Traceback" not in done.stderr
     out = trained / "runs/own/masks"
     lines = {line["image"]: line for line in map(json.loads, (out / "masks.jsonl").read_text().splitlines())}
-    sizes = {"turned.JPG": (60, 90), "grey.png": (90, 60), "narrow.webp": (17, 301), "same.gif": (90, 60), "same.bmp": (90, 60)}
+    sizes = {"turned.JPG": (60, 90), "grey.png": (90, 60), "narrow.webp": (17, 301), "same.gif": (90, 60),
+             "same.bmp": (90, 60)}
     assert lines.keys() == sizes.keys()
     for name, size in sizes.items():
-        mask = Image.open(out / lines[name]["mask"])
-        assert mask.size == size and set(np.unique(np.asarray(mask))) <= {0, 255}
-        assert Image.open(out / lines[name]["mask"].replace(".png", "-overlay.png")).size == size
+        assert Image.open(out / lines[name]["mask"]).size == size
+        assert Image.open(out / "overlays" / lines[name]["mask"]).size == size
         points = np.array(lines[name]["points"])
         assert points.shape == (2 + 3, 2) and len(lines[name]["labels"]) == 5 and lines[name]["labels"][:2] == [1, 0]
         assert (points >= 0).all() and (points <= size).all()
@@ -96,7 +102,7 @@ def test_a_test_image_given_as_ones_own_gets_the_evaluations_prompts(trained):
     done = run(trained, "04_evaluate.py", f"IMAGES={trained / 'data/test/images'}", "RUN_DIR=runs/own", "FEATURES=")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (trained / "runs/own/masks/masks.jsonl").read_text().splitlines()]
-    assert [line["image"] for line in lines] == [f"{index}.jpg" for index in range(6)]
+    assert [line["image"] for line in lines][-6:] == [f"{index}.jpg" for index in range(6)]
     from PIL import Image as Pillow
     ious = []
     for index in range(6):
@@ -120,12 +126,14 @@ def test_several_classes_give_a_mask_each_and_one_indexed_picture(voc):
     mine = voc / "one"
     mine.mkdir(exist_ok=True)
     Image.open(voc / "data" / paths("semantic", "test", 0)[0]).resize((120, 80)).save(mine / "scene.png")
-    command = [sys.executable, str(ROOT / "04_evaluate.py"), "TASK=demo_semantic", "DEVICE=cpu", "ROUNDS=2", f"IMAGES={mine}"]
+    command = [sys.executable, str(ROOT / "04_evaluate.py"), "TASK=demo_semantic", "DEVICE=cpu", "ROUNDS=2",
+               f"IMAGES={mine}"]
     done = subprocess.run([*command, "CLASSES=ring,ball"], cwd=voc, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out = voc / "runs/demo_semantic/masks"
-    assert {path.name for path in out.iterdir()} == {"masks.jsonl", "scene-ring.png", "scene-ring-overlay.png", "scene-ball.png",
-                                                     "scene-ball-overlay.png", "scene-classes.png"}
+    assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == {
+        "masks.jsonl", "scene-ring.png", "overlays/scene-ring.png", "scene-ball.png", "overlays/scene-ball.png",
+        "scene-classes.png"}
     classes = Image.open(out / "scene-classes.png")
     assert classes.mode == "P" and classes.size == (120, 80)
     indices = np.asarray(classes)
@@ -134,6 +142,103 @@ def test_several_classes_give_a_mask_each_and_one_indexed_picture(voc):
     assert np.array_equal(indices > 0, ring | ball) and (indices[ring & ~ball] == 2).all()
     done = subprocess.run([*command, "CLASSES=ring,moon"], cwd=voc, capture_output=True, text=True)
     assert done.returncode == 1 and "CLASSES names 'moon'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def attributes() -> dict:
+    """Of a cache that the stand-ins made."""
+    return {"sam": "demo", "sam_fingerprint": sam_fingerprint(load_sam("demo", CPU)), "clip": "demo",
+            "clip_fingerprint": checkpoint.fingerprint(load_clip("demo", CPU)[0].state_dict()), "clip_size": 192,
+            "image_size": 800, "precision": "fp32"}
+
+
+def left_half(embeddings: torch.Tensor, maps: torch.Tensor) -> SimpleNamespace:
+    """An episode on one image whose mask is its left half, wherever its two points are."""
+    logits = torch.full((1, 96, 96), -5.0)
+    logits[:, :, :48] = 5
+    return SimpleNamespace(logits=logits, points=torch.tensor([[[200.0, 400.0], [600.0, 400.0]]]),
+                           labels=torch.tensor([[1, 0]]), predicted_iou=torch.tensor([0.75]))
+
+
+def photos(folder: Path, *names: str) -> str:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        Image.fromarray(np.full((60, 90, 3), 90, np.uint8)).save(folder / name)
+    return str(folder)
+
+
+def told(out: Path) -> list[tuple[str, str]]:
+    """(image, mask) of each line of masks.jsonl."""
+    return [(line["image"], line["mask"]) for line in map(json.loads, (out / "masks.jsonl").read_text().splitlines())]
+
+
+def test_the_mask_is_the_logits_at_the_images_size_and_no_overlay_takes_its_place(tmp_path, attributes):
+    mine, out = photos(tmp_path / "mine", "photo.png", "photo-overlay.png"), tmp_path / "masks"
+    segment(mine, out, attributes, ("dog",), ("all",), left_half, None, CPU)
+    for name in ("photo.png", "photo-overlay.png"):
+        mask, drawn = (np.asarray(Image.open(folder / name)) for folder in (out, out / "overlays"))
+        assert mask.dtype == np.uint8 and mask.tolist() == [[255] * 45 + [0] * 45] * 60
+        assert (drawn[:20, :40] != 90).any(2).all() and (drawn[:20, 50:] == 90).all()  # tinted where the mask is
+    lines = [json.loads(line) for line in (out / "masks.jsonl").read_text().splitlines()]
+    assert lines[1] == {"image": "photo.png", "text": "dog", "mask": "photo.png", "labels": [1, 0],
+                        "points": [[22.5, 30.0], [67.5, 30.0]], "predicted_iou": 0.75}
+
+
+def test_the_lines_of_another_folder_stay_and_an_interrupted_one_keeps_what_is_done(tmp_path, attributes):
+    out, seen = tmp_path / "masks", []
+
+    def stopped(embeddings, maps):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(embeddings)
+        return left_half(embeddings, maps)
+
+    segment(photos(tmp_path / "one", "a.png"), out, attributes, ("dog",), ("all",), left_half, None, CPU)
+    second = photos(tmp_path / "two", "b.png", "c.png")
+    with pytest.raises(KeyboardInterrupt):
+        segment(second, out, attributes, ("dog",), ("all",), stopped, None, CPU)
+    assert told(out) == [("a.png", "a.png"), ("b.png", "b.png")]
+    (out / "a.png").unlink()
+    segment(second, out, attributes, ("dog",), ("all",), left_half, None, CPU)
+    assert told(out) == [("b.png", "b.png"), ("c.png", "c.png")]  # a line is there as long as its mask
+
+
+def test_a_masks_jsonl_of_something_else_is_not_replaced(tmp_path, attributes):
+    out = tmp_path / "masks"
+    out.mkdir()
+    for content in ("not JSON\n", "[3]\n"):
+        (out / "masks.jsonl").write_text(content)
+        with pytest.raises(UserError, match="masks.jsonl is not what was written: move it away"):
+            segment(photos(tmp_path / "mine", "a.png"), out, attributes, ("dog",), ("all",), left_half, None, CPU)
+        assert (out / "masks.jsonl").read_text() == content
+
+
+def test_features_that_are_not_finite_stop_with_the_images_name(tmp_path, attributes, monkeypatch):
+    embed = SamEmbedder.embed
+    monkeypatch.setattr(SamEmbedder, "embed", lambda self, images: embed(self, images) * float("nan"))
+    with pytest.raises(UserError, match="SAM's embedding of .*photo.png holds NaN or infinite values"):
+        segment(photos(tmp_path / "mine", "photo.png"), tmp_path / "masks", attributes, ("dog",), ("all",), left_half,
+                None, CPU)
+    assert not (tmp_path / "masks/photo.png").exists()
+
+
+def test_an_image_without_room_in_memory_is_named(tmp_path, attributes):
+    def too_large(embeddings, maps):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="out of memory .*set DEVICE=cpu, or make .*photo.png smaller"):
+        segment(photos(tmp_path / "mine", "photo.png"), tmp_path / "masks", attributes, ("dog",), ("all",), too_large,
+                None, CPU)
+
+
+def test_images_whose_files_would_have_one_name_are_refused():
+    assert name_files([Path("a.jpg"), Path("a.png"), Path("b.png")], []) == {
+        Path("a.jpg"): ["a.jpg"], Path("a.png"): ["a.png"], Path("b.png"): ["b"]}
+    assert name_files([Path("a.jpg")], ["dog", "big cat"]) == {Path("a.jpg"): ["a-dog", "a-big-cat"]}
+    with pytest.raises(UserError, match="a.bmp and a.bmp.jpg would both be written to a.bmp.png"):
+        name_files([Path("a.bmp"), Path("a.bmp.jpg"), Path("a.jpg")], [])
+    with pytest.raises(UserError, match="a-dog.jpg and a.jpg would both be written to a-dog-classes.png"):
+        name_files([Path("a-dog.jpg"), Path("a.jpg")], ["dog classes", "classes"])
 
 
 def test_overlapping_masks_yield_to_the_higher_probability():
@@ -157,3 +262,5 @@ def test_a_folder_without_images_and_an_unknown_class_get_a_sentence(tmp_path):
     assert choose_texts(("dog", "cat"), ("all",)) == [0, 1] and choose_texts(("dog", "cat"), ("cat", "cat")) == [1]
     with pytest.raises(UserError, match="'cow'"):
         choose_texts(("dog", "cat"), ("cow",))
+    with pytest.raises(UserError, match="'all' beside others: set CLASSES=all, or choose among dog, cat"):
+        choose_texts(("dog", "cat"), ("all", "dog"))
