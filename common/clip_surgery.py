@@ -19,6 +19,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.sam import SamEmbedder, squash
+from common.settings import require_intact
 
 STANDIN = Path(__file__).parent / "standin"
 SURGERY_BLOCKS = 6  # attention blocks, counted from the last, that get the second path
@@ -42,7 +43,7 @@ def load_clip(name: str, device: str | torch.device) -> tuple[open_clip.CLIP, op
     not tell which activation they were trained with: name the model, "-quickgelu" or not, accordingly.
 
     Raises UserError for an unknown model or tag, a model that is no plain CLIP ViT, QuickGELU weights under a
-    model without it, and weights that are missing, unreadable or of another shape.
+    model without it, and weights that are missing, damaged, unreadable, not finite or of another shape.
     """
     model_name, _, source = name.partition("/")
     tag = {}
@@ -119,6 +120,7 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             state = safetensors.torch.load_file(file)
         else:
+            require_intact(file)
             state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code from the file
     except Exception as error:  # zip, pickle and safetensors each raise their own kinds
         mend = "fetch it again"
@@ -128,6 +130,8 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
         reason = repr(error)[:200]
         raise UserError(f"CLIP's file '{file}' cannot be read as weights ({reason}): {mend}.") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not all(value.isfinite().all() for value in state.values() if isinstance(value, torch.Tensor)):
+        raise UserError(f"CLIP's file '{file}' holds NaN or infinite values: fetch it again.")
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common.decoder import ImageSide, SingleMaskDecoder
 from common.errors import UserError
+from common.settings import require_intact
 
 META = "https://dl.fbaipublicfiles.com/segment_anything"
 CHECKPOINTS = {  # name: (url, bytes, SHA-256)
@@ -39,14 +40,14 @@ def load_sam(name: str, device: torch.device) -> Sam:
 
     name: "vit_h" | "vit_l" | "vit_b" (downloaded once to `cache_dir()`), the path of such a checkpoint (or
     "vit_b:path", which must be of that size), or "demo" (this repository's small stand-in).
-    Raises UserError if there is no such file or no network, or if the file is not a checkpoint of SAM.
+    Raises UserError if there is no such file or no network, or if the file is damaged or not a checkpoint of SAM.
     """
     if name == "demo":
         from common.standin.model import build_sam  # no real run needs the stand-in
 
         sam = build_sam()
     elif name in CHECKPOINTS:
-        sam = _load_checkpoint(download_checkpoint(name), size=name)
+        sam = _load_checkpoint(download_checkpoint(name), size=name, compared=True)
     else:
         size, colon, path = name.partition(":")
         if not (colon and size in CHECKPOINTS):
@@ -55,12 +56,17 @@ def load_sam(name: str, device: torch.device) -> Sam:
     return sam.eval().requires_grad_(False).to(device)
 
 
-def _load_checkpoint(path: Path, size: str | None) -> Sam:
-    """The SAM in the file `path`; `size` is the one the user named, None to go by the weights alone."""
+def _load_checkpoint(path: Path, size: str | None, compared: bool = False) -> Sam:
+    """The SAM in the file `path`; `size` is the one the user named, None to go by the weights alone.
+
+    compared: whether the file's own hash is known to be right, so that its parts need no second reading.
+    """
     if not path.is_file():
         raise UserError(f"There is no SAM checkpoint at {path}; give the path of a .pth file, "
                         f"{', '.join(CHECKPOINTS)} or demo.")
     try:
+        if not compared:
+            require_intact(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # which type it is depends on where in the file torch stumbles
         if "GLOBAL" in str(error):
@@ -75,6 +81,8 @@ def _load_checkpoint(path: Path, size: str | None) -> Sam:
                         "image_encoder.pos_embed is missing or of another width.")
     if size not in (None, found):
         raise UserError(f"{path} holds {found}, not {size}; write {found}:{path} or the path alone.")
+    if not all(value.isfinite().all() for value in weights.values() if isinstance(value, torch.Tensor)):
+        raise UserError(f"{path} holds NaN or infinite values: download the checkpoint again.")
     sam = sam_model_registry[found]()
     try:
         sam.load_state_dict(weights)
@@ -243,12 +251,13 @@ class BatchedPrompter:
     def prepare(self, embeddings: torch.Tensor) -> list[ImageSide]:
         """What `decode` needs of embeddings (B, C, h, w) of any float type on any device, to be made once.
 
-        Three to four times their float32 size, on SAM's device.
+        About two and a half times their float32 size, on SAM's device: keys, and three projections of half the width.
         """
         return [self.decoder.prepare(chunk.to(self.sam.device).float()) for chunk in embeddings.split(self.max_batch)]
 
     @torch.no_grad()  # not inference_mode: the states made from these masks go through autograd
-    def decode(self, prepared: list[ImageSide], points: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, prepared: list[ImageSide], points: torch.Tensor,
+               labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Low-resolution mask logits float32 (B, 4h, 4w) and predicted IoU float32 (B,), on SAM's device.
 
         prepared: `prepare` of the B images. points: (B, N, 2) as (x, y) in pixels of the frame.

@@ -6,7 +6,9 @@ import errno
 import math
 import os
 import random
+import shlex
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,10 +29,11 @@ KINDS = {
 MENDS = {
     errno.ENOSPC: "there is no space left to write {}: free some disk space and run the same command again",
     errno.EDQUOT: "your disk quota does not let {} grow: free some space and run the same command again",
-    errno.EFBIG: "{} may not grow that large: raise the limit (ulimit -f) or choose a folder on another file system, and "
-                 "run the same command again",
+    errno.EFBIG: "{} may not grow that large: raise the limit (ulimit -f) or choose a folder on another file system, "
+                 "and run the same command again",
     errno.EROFS: "{} lies on a read-only file system: choose a folder that can be written to",
     errno.EEXIST: "{} should be a folder, and a file has that name: move it away or choose another folder",
+    errno.EISDIR: "{} should be a file, and a folder has that name: move it away or choose another folder",
     errno.ENOTDIR: "{} cannot be made, since a part of that path is a file: move it away or choose another folder",
     errno.EACCES: "there is no permission to open {}: change its permissions or choose another folder",
 }
@@ -182,7 +185,8 @@ def lock(folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process is working in {folder}: wait until it ends, or name another RUN_DIR") from None
+        raise UserError(f"another process is working in {folder}: wait until it ends, or name another "
+                        "RUN_DIR") from None
     except OSError:  # a file system without locks
         pass
 
@@ -191,14 +195,15 @@ def require_finite(values: dict[str, float], where: str) -> None:
     """Raise UserError naming the first of these numbers that is NaN or infinite; `where` says what they came from."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise UserError(f"{name.replace('_', ' ')} is {value} {where}: lower LEARNING_RATE, or look at what goes in; "
-                            "what was saved before is intact")
+            raise UserError(f"{name.replace('_', ' ')} is {value} {where}: lower LEARNING_RATE, or look at what goes "
+                            "in; what was saved before is intact")
 
 
 def command(script: str, constants: dict[str, object]) -> str:
-    """The command that runs another stage of the same run: script and the constants that say which run it is."""
+    """The command that runs another stage of the same run, to be pasted into a shell: script and the constants that
+    say which run it is."""
     given = [f"{name}={constants[name]}" for name in ("TASK", "RUN_DIR", "FEATURES") if constants[name]]
-    return f"{script} {' '.join(given)}"
+    return shlex.join([script, *given])
 
 
 def goodbye(written: list[Path], script: str, constants: dict[str, object]) -> None:
@@ -235,3 +240,15 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):  # gone already, or the folder itself is what failed
             temporary.unlink()
+
+
+def require_intact(path: Path) -> None:
+    """Raises ValueError or zipfile's errors where a part of the zip file `path` is not what was written.
+
+    torch.save writes zip files, and torch.load does not look at their checksums. A file of another kind has none, and
+    passes.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as parts:
+            if broken := parts.testzip():
+                raise ValueError(f"{broken} is not what was written")

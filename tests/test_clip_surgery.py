@@ -260,6 +260,25 @@ def test_weights_of_another_shape_are_named(tmp_path):
         load_clip(f"ViT-S-32/{checkpoint}", "cpu")
 
 
+def test_weights_with_a_flipped_bit_are_named(tmp_path):
+    checkpoint = tmp_path / "flipped.pt"
+    torch.save({"visual.proj": torch.zeros(64, 64)}, checkpoint)
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1  # among the weights, where torch.load looks at nothing
+    checkpoint.write_bytes(content)
+    assert torch.load(checkpoint, weights_only=True)["visual.proj"].count_nonzero() == 1
+    with pytest.raises(UserError, match=f"'{checkpoint}' cannot be read as weights .*is not what was written"):
+        load_clip(f"ViT-S-32/{checkpoint}", "cpu")
+
+
+@pytest.mark.parametrize("name", ["wild.pt", "wild.safetensors"])
+def test_weights_that_are_not_finite_are_named(tmp_path, name):
+    checkpoint, weights = tmp_path / name, {"visual.proj": torch.full((2, 2), float("nan"))}
+    safetensors.torch.save_file(weights, checkpoint) if name.endswith("s") else torch.save(weights, checkpoint)
+    with pytest.raises(UserError, match=f"'{checkpoint}' holds NaN or infinite values"):
+        load_clip(f"ViT-S-32/{checkpoint}", "cpu")
+
+
 @pytest.mark.parametrize("name", ["broken.pt", "broken.safetensors", "code.pt"])
 def test_a_file_that_holds_no_plain_weights_is_named_and_runs_nothing(tmp_path, name):
     checkpoint = tmp_path / name

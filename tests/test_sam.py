@@ -252,6 +252,25 @@ def test_a_file_that_torch_cannot_read_is_refused(tmp_path):
             load_sam(f"{tmp_path}/broken.pth", CPU)
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
+    path = tmp_path / "flipped.pth"
+    torch.save({"image_encoder.pos_embed": torch.zeros(1, 8, 8, 768)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # among the weights, where torch.load looks at nothing
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["image_encoder.pos_embed"].count_nonzero() == 1
+    with pytest.raises(UserError, match="flipped.pth cannot be read as a PyTorch file .*: it is damaged"):
+        load_sam(str(path), CPU)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(tmp_path, value):
+    path = tmp_path / "wild.pth"
+    torch.save({"image_encoder.pos_embed": torch.full((1, 8, 8, 768), value)}, path)
+    with pytest.raises(UserError, match="wild.pth holds NaN or infinite values"):
+        load_sam(str(path), CPU)
+
+
 class Malicious:
     def __init__(self, marker):
         self.marker = marker

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.settings import (device, lock, override, positive, require_finite, run, run_dir, seed_everything,
-                             write_atomic)
+from common.settings import (command, device, lock, override, positive, require_finite, run, run_dir,
+                             seed_everything, write_atomic)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -146,7 +147,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(stopped):
 @pytest.mark.parametrize(
     ("number", "mend"),
     [(errno.ENOSPC, "free some"), (errno.EFBIG, "ulimit -f"), (errno.EROFS, "choose a folder"),
-     (errno.EACCES, "change its permissions")],
+     (errno.EACCES, "change its permissions"), (errno.EISDIR, "a folder has that name: move it away")],
 )
 def test_a_disk_error_names_the_path_and_the_mend(stopped, number, mend):
     code, _ = stopped(OSError(number, os.strerror(number), "runs/demo/agent.pt"))
@@ -188,6 +189,13 @@ def test_a_device_that_is_absent_is_refused(monkeypatch):
 def test_a_run_lies_under_runs_unless_a_folder_is_given():
     assert run_dir("", "sbu") == Path("runs/sbu")
     assert run_dir("elsewhere", "sbu") == Path("elsewhere")
+
+
+def test_a_printed_command_can_be_pasted_into_a_shell():
+    constants = {"TASK": "folder", "RUN_DIR": "my runs/a", "FEATURES": "", "SEED": 0}
+    printed = command("02_train_srm.py", constants)
+    assert shlex.split(printed) == ["02_train_srm.py", "TASK=folder", "RUN_DIR=my runs/a"]
+    assert command("02_train_srm.py", constants | {"RUN_DIR": "runs/a"}) == "02_train_srm.py TASK=folder RUN_DIR=runs/a"
 
 
 def test_a_seed_repeats_every_generator():
@@ -257,8 +265,9 @@ def test_a_file_in_a_folders_place_is_named(tmp_path, stopped):
 
 def test_a_second_process_on_a_run_folder_is_told_so_and_a_third_may_follow(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"from common.settings import lock; from pathlib import Path; lock(Path({str(tmp_path)!r}));"
-         "print('held', flush=True); input()"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        [sys.executable, "-c", "from common.settings import lock; from pathlib import Path; "
+         f"lock(Path({str(tmp_path)!r})); print('held', flush=True); input()"],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="another process is working in"):
         lock(tmp_path)
