@@ -8,6 +8,7 @@ from common import datasets
 from common.datasets import (Sample, check_trainable, draw_shots, image_size, list_samples, load_image,
                              load_labels)
 from common.errors import UserError
+from common.standin import scenes
 from common.tasks import TASKS, get_task
 
 PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [90] * 756  # VOC's first four colours, then grey
@@ -169,6 +170,37 @@ def test_a_name_in_both_of_vocs_lists_is_named(tmp_path):
 def test_the_drawn_tasks_use_the_layouts_they_mimic(tmp_path):
     assert len(list_samples(get_task("demo_mirror"), make(tmp_path / "msd", "msd"))) == 4
     assert len(list_samples(get_task("demo_blur"), make_cuhk(tmp_path / "cuhk", 4))) == 4
+
+
+def test_drawing_that_is_stopped_in_the_middle_of_a_file_goes_on(tmp_path, monkeypatch):
+    def half_of_it(path, text):
+        path.write_bytes(text.encode()[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scenes, "TRAIN_SCENES", 2)
+    monkeypatch.setattr(scenes, "TEST_SCENES", 1)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr("pathlib.Path.write_text", half_of_it)
+        scenes.write_dataset("saliency", tmp_path)
+    assert not (tmp_path / "scenes.txt").exists()
+    scenes.write_dataset("saliency", tmp_path)
+    assert len(list_samples(get_task("demo_saliency"), tmp_path)) == 3
+    marked = (tmp_path / "scenes.txt").stat().st_mtime_ns
+    scenes.write_dataset("saliency", tmp_path)
+    assert (tmp_path / "scenes.txt").stat().st_mtime_ns == marked
+
+
+def test_a_file_that_two_processes_draw_at_once_is_whole_for_both(tmp_path, monkeypatch):
+    path = tmp_path / "data" / "x.txt"
+
+    def meanwhile(temporary):
+        temporary.write_text("whole")
+        monkeypatch.setattr("os.getpid", lambda: -1)  # another process starts and ends while this one writes
+        scenes.put(path, lambda other: other.write_text("whole") and other != temporary or pytest.fail("the same file"))
+        assert path.read_text() == temporary.read_text() == "whole"
+
+    scenes.put(path, meanwhile)
+    assert path.read_text() == "whole" and len(list(path.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)

@@ -6,6 +6,7 @@ as five data sets in the on-disk layouts of the five benchmarks, so that the dem
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -343,6 +344,18 @@ def paths(effect: str, split: str, index: int) -> tuple[str, str]:
     return f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg", f"VOCdevkit/VOC2012/SegmentationClass/{name}.png"
 
 
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write(temporary path)` make the file, then puts it in `path`'s place, so that nobody reads half of it.
+
+    Unlike settings.write_atomic for two processes that write the same file at once, and without waiting for the disk,
+    which for thousands of pictures would take long.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # hidden: what a kill leaves of it is no picture
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(temporary)
+    os.replace(temporary, path)
+
+
 def write_scene(job: tuple[str, str, int, Path]) -> str:
     """Draws and writes one scene; returns its name."""
     effect, split, index, folder = job
@@ -351,10 +364,8 @@ def write_scene(job: tuple[str, str, int, Path]) -> str:
     labels = Image.fromarray(scene.labels(effect) * (1 if effect == "semantic" else 255))
     if effect == "semantic":
         labels.putpalette(PALETTE)
-    image_path.parent.mkdir(parents=True, exist_ok=True)
-    mask_path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(scene.image).save(image_path, quality=92)
-    labels.save(mask_path)
+    put(image_path, lambda temporary: Image.fromarray(scene.image).save(temporary, quality=92))
+    put(mask_path, labels.save)
     return image_path.stem
 
 
@@ -370,11 +381,11 @@ def write_dataset(effect: str, folder: Path) -> None:
             for index in range(count)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         names = list(tqdm(pool.map(write_scene, jobs, chunksize=8), f"drawing demo_{effect}", total=len(jobs)))
+    training, test = ("\n".join(some) + "\n" for some in (names[:TRAIN_SCENES], names[TRAIN_SCENES:]))
     if effect == "blur":
-        (folder / "test.txt").write_text("\n".join(names[TRAIN_SCENES:]) + "\n")
+        put(folder / "test.txt", lambda temporary: temporary.write_text(test))
     if effect == "semantic":
         lists = folder / "VOCdevkit/VOC2012/ImageSets/Segmentation"
-        lists.mkdir(parents=True, exist_ok=True)
-        (lists / "train.txt").write_text("\n".join(names[:TRAIN_SCENES]) + "\n")
-        (lists / "val.txt").write_text("\n".join(names[TRAIN_SCENES:]) + "\n")
-    mark.write_text(told)
+        put(lists / "train.txt", lambda temporary: temporary.write_text(training))
+        put(lists / "val.txt", lambda temporary: temporary.write_text(test))
+    put(mark, lambda temporary: temporary.write_text(told))
