@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,17 +21,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import cache, checkpoint, datasets, distributed, settings
+from common import cache, checkpoint, distributed, settings
 from common.batches import in_batches
 from common.clip_surgery import ClipSurgery, FrozenModels, load_clip
 from common.datasets import draw_shots, image_size, list_samples, load_image, load_labels
 from common.sam import SamEmbedder, load_sam, sam_fingerprint
-from common.tasks import get_task
+from common.tasks import get_task, with_prompt
 
 # what is segmented
 TASK = "demo_saliency"  # demo_blur|shadow|mirror|saliency|semantic (drawn here), cuhk, sbu, msd, duts, voc, folder
 DATA_DIR = ""  # where the data set lies; empty = data/<TASK>
-PROMPT = ""  # the text that names your target, for TASK = "folder" only
+PROMPT = ""  # the text that names the target: of TASK = "folder", or in the place of another task's one text
+CUHK_WHITE_IS_BLURRED = True  # CUHK does not say which colour its masks mark, and copies differ; false takes black
 SHOTS = 50  # labelled training samples drawn (paper, section 4)
 SEED = 0  # of that draw
 
@@ -60,7 +62,9 @@ def main() -> None:
     if IMAGE_SIZE % PATCH_SIZE:
         raise settings.UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one that does")
     device = distributed.own(settings.device(DEVICE))
-    task = get_task(TASK, PROMPT)
+    task = with_prompt(get_task(TASK, PROMPT), PROMPT)
+    if TASK == "cuhk":
+        task = replace(task, white_is_foreground=CUHK_WHITE_IS_BLURRED)
     data_dir = Path(DATA_DIR or f"data/{TASK}").expanduser()
     if TASK.startswith("demo_") and not DATA_DIR:
         from common.standin.scenes import write_dataset
@@ -91,10 +95,11 @@ def main() -> None:
     provenance = {
         "task": TASK, "branch": task.branch, "sam": SAM, "sam_fingerprint": sam_fingerprint(sam), "clip": CLIP,
         "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()), "clip_size": clip_size,
-        "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
-        "cuhk_white_is_blurred": datasets.CUHK_WHITE_IS_BLURRED, "precision": "bf16" if embedder.bf16 else "fp32",
+        "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED, "precision": "bf16" if embedder.bf16 else "fp32",
+        **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "segment_anything", "open_clip_torch")}}
+        "versions": {name: importlib.metadata.version(name)
+                     for name in ("torch", "segment_anything", "open_clip_torch")}}
     run_dir = settings.run_dir(RUN_DIR, TASK)
     path = settings.features(FEATURES, run_dir)
     with distributed.rank_0_first():  # the file is laid out once

@@ -13,8 +13,6 @@ from common import distributed
 from common.errors import UserError
 from common.tasks import Task
 
-# CUHK does not document which colour means "blurred", and copies of it differ: set False to take black.
-CUHK_WHITE_IS_BLURRED = True
 # No split is published with CUHK's 704 out-of-focus images; the literature tests on 100 of them.
 CUHK_TEST_IMAGES = 100
 
@@ -94,9 +92,9 @@ def load_labels(sample: Sample, task: Task, image_size: tuple[int, int]) -> np.n
     """uint8 H x W label map in the frame of `load_image(sample.image)`, whose (H, W) is image_size.
 
     0 is background and k the task's k-th text. Binary masks of any picture mode are foreground above 127 of
-    255 (a mask whose largest value is 1 is taken to hold 0 and 1, not grey levels, unless it is a JPEG); VOC
-    masks hold palette indices, and `IGNORE` = 255 where there is no truth. A mask of another scale is resized,
-    nearest.
+    255, or background where the task says so (a mask whose largest value is 1 is taken to hold 0 and 1, not
+    grey levels, unless it is a JPEG); VOC masks hold palette indices, and `IGNORE` = 255 where there is no
+    truth. A mask of another scale is resized, nearest.
     A photograph that EXIF turns: its mask is taken to be drawn on the turned view if its size or aspect fits
     that, else on the stored pixels, and is then turned likewise.
     Raises UserError naming the mask: unreadable, without usable values, or of another aspect than the image.
@@ -106,7 +104,7 @@ def load_labels(sample: Sample, task: Task, image_size: tuple[int, int]) -> np.n
             labels = _voc_labels(picture, sample, task)
         else:
             labels = _binary_labels(picture, sample)
-    if task.name == "cuhk" and not CUHK_WHITE_IS_BLURRED:
+    if not task.white_is_foreground:
         labels = 1 - labels
     return labels if labels.shape == tuple(image_size) else _fit(labels, sample, tuple(image_size))
 
@@ -160,8 +158,10 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int) -> list
                 seen.add(sample)
                 drawn.append((sample, text))
     if len(drawn) < count:
-        raise UserError(f"SHOTS={count} training samples are asked for and {task.name} has {len(drawn)} that can train: "
-                        f"set SHOTS={len(drawn)} or less")
+        mend = (f"set SHOTS={len(drawn)} or less" if len(drawn) > 1 else
+                "add training images whose masks hold foreground and background, 2 at least")
+        raise UserError(f"SHOTS={count} training samples are asked for and {task.name} has {len(drawn)} that can "
+                        f"train: {mend}")
     return drawn[:count]
 
 
@@ -217,8 +217,8 @@ def _cuhk(task: Task, data_dir: Path, image_dir: Path, mask_dir: Path) -> list[S
         test, source = set(names[-count:]), "the last by name, as there is no test.txt"
     note = f"{task.title}: {len(names) - len(test)} training images, {len(test)} test images ({source})"
     if task.name == "cuhk":
-        note += (f"; {'white' if CUHK_WHITE_IS_BLURRED else 'black'} in the masks is taken to be blurred "
-                 f"(CUHK_WHITE_IS_BLURRED in common/datasets.py)")
+        note += (f"; {'white' if task.white_is_foreground else 'black'} in the masks is taken to be blurred "
+                 "(CUHK_WHITE_IS_BLURRED)")
     print(note)
     samples = [Sample(name, image, mask, "test" if name in test else "train") for name, image, mask in pairs]
     return sorted(samples, key=lambda sample: sample.split == "test")
@@ -274,7 +274,8 @@ def _as_array(picture: Image.Image, mode: Literal["RGB", "L"], path: Path) -> np
     values fit into the lower one (Pillow itself would clip them to white). Raises UserError for floats, and for 10 or
     12 bits in 16: what is white in them is not told, and by either rule they would be black."""
     if picture.mode == "F":
-        raise UserError(f"{path} holds floating-point numbers, which have no known white: save it with 8 bits a channel")
+        raise UserError(f"{path} holds floating-point numbers, which have no known white: save it with 8 bits a "
+                        "channel")
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         if 255 < (top := values.max()) < 2**12:

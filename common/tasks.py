@@ -1,6 +1,6 @@
 """The tasks: what is segmented, by which text, with which branch of the SRM, and where the data come from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from common.errors import UserError
@@ -23,8 +23,8 @@ class Task:
     texts: the prompts for CLIP; label k of a label map (1-based) is the k-th text. One text: a binary task.
     branch: of the SRM, "implicit" sees s_t only, "explicit" sees s_c and s_t (paper, section 3.3).
     paper: key of this task in the paper's tables, None where the paper has no such task.
-    class_names: the texts' names in per-class tables.
     home: where the data set is to be downloaded, "" where there is nothing to download.
+    white_is_foreground: in its binary masks; else black is.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Task:
     texts: tuple[str, ...]
     branch: Literal["implicit", "explicit"]
     paper: str | None
-    class_names: tuple[str, ...]
     home: str = ""
+    white_is_foreground: bool = True
 
 
 def _paper(name: str, title: str, branch: str, texts: tuple[str, ...], home: str) -> Task:
-    return Task(name, title, name, texts, branch, name, texts, home)
+    return Task(name, title, name, texts, branch, name, home)
 
 
 def _demo(name: str, title: str, dataset: str, branch: str, *texts: str) -> Task:
-    return Task(name, f"{title} (drawn demo)", dataset, texts, branch, None, texts)
+    return Task(name, f"{title} (drawn demo)", dataset, texts, branch, None)
 
 
 # Texts and branches of the paper's five tasks are the paper's (section 4 and Table 4); the drawn demo tasks
@@ -69,18 +69,29 @@ TASKS = (
 def get_task(name: str, prompt: str = "") -> Task:
     """The task of that name.
 
-    prompt: the text of the task "folder" (your own pictures); the other tasks have texts of their own and
-        ignore it. A folder task takes the explicit branch, since a text names its target; for a target that
-        no text names well, set BRANCH=implicit in stage 2.
+    prompt: the text of the task "folder" (your own pictures); the other tasks have texts of their own, which
+        `with_prompt` replaces. A folder task takes the explicit branch, since a text names its target; for a
+        target that no text names well, set BRANCH=implicit in stage 2.
     Raises UserError for an unknown name (listing those there are) and for "folder" without a prompt.
     """
     if name == "folder":
         prompt = prompt.strip()
         if not prompt:
-            raise UserError('the task "folder" needs a prompt that names what its masks mark, such as "dog"')
-        return Task("folder", f"Own pictures ({prompt})", "folder", (prompt,), "explicit", None, (prompt,))
+            raise UserError('the task "folder" needs a text that names what its masks mark: set PROMPT="dog", for one')
+        return Task("folder", f"Own pictures ({prompt})", "folder", (prompt,), "explicit", None)
     for task in TASKS:
         if task.name == name:
             return task
     names = ", ".join(task.name for task in TASKS)
     raise UserError(f'there is no task "{name}": choose one of {names}, folder')
+
+
+def with_prompt(task: Task, prompt: str) -> Task:
+    """The task with `prompt` in the place of its one text; with its own where that is empty.
+
+    Raises UserError where a task has several texts.
+    """
+    prompt = prompt.strip()
+    if prompt and len(task.texts) > 1:
+        raise UserError(f'PROMPT="{prompt}" cannot stand for the {len(task.texts)} texts of {task.name}: leave it out')
+    return replace(task, texts=(prompt,)) if prompt else task

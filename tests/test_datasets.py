@@ -1,15 +1,16 @@
 """Every layout in miniature, and the oddities of real picture files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from common import datasets
 from common.datasets import (Sample, check_trainable, draw_shots, image_size, list_samples, load_image,
                              load_labels)
 from common.errors import UserError
 from common.standin import scenes
-from common.tasks import TASKS, get_task
+from common.tasks import TASKS, get_task, with_prompt
 
 PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [90] * 756  # VOC's first four colours, then grey
 LAYOUTS = {
@@ -138,14 +139,12 @@ def test_a_name_in_the_list_file_that_is_no_image_is_named(tmp_path):
         list_samples(get_task("cuhk"), tmp_path)
 
 
-def test_white_is_blurred_in_cuhk_unless_the_constant_is_flipped(tmp_path, monkeypatch, capsys):
-    make_cuhk(tmp_path, 4)
-    first = list_samples(get_task("cuhk"), tmp_path)[0]
-    assert "white in the masks is taken to be blurred" in capsys.readouterr().out
-    assert labels_of(first, "cuhk").tolist() == half(top=1).tolist()
-    monkeypatch.setattr(datasets, "CUHK_WHITE_IS_BLURRED", False)
-    assert labels_of(first, "cuhk").tolist() == (1 - half(top=1)).tolist()
-    assert labels_of(first, "demo_blur").tolist() == half(top=1).tolist()
+@pytest.mark.parametrize("white", [True, False])
+def test_white_or_black_is_blurred_in_cuhk_as_the_task_says(tmp_path, capsys, white):
+    task = replace(get_task("cuhk"), white_is_foreground=white)
+    first = list_samples(task, make_cuhk(tmp_path, 4))[0]
+    assert f"{'white' if white else 'black'} in the masks is taken to be blurred" in capsys.readouterr().out
+    assert load_labels(first, task, (6, 8)).tolist() == (half(top=1) if white else 1 - half(top=1)).tolist()
 
 
 def test_only_the_names_in_vocs_lists_count(tmp_path):
@@ -496,13 +495,20 @@ def test_the_papers_tasks_have_the_papers_texts_and_branches():
 
 def test_a_folder_task_takes_its_prompt_as_text():
     task = get_task("folder", " polyp ")
-    assert task.texts == task.class_names == ("polyp",)
+    assert task.texts == ("polyp",)
     assert (task.branch, task.paper) == ("explicit", None)
 
 
 def test_a_folder_task_without_a_prompt_is_refused():
-    with pytest.raises(UserError, match="prompt"):
+    with pytest.raises(UserError, match='set PROMPT="dog"'):
         get_task("folder")
+
+
+def test_a_prompt_replaces_the_text_of_a_task_that_has_one_and_is_refused_by_one_of_several():
+    assert with_prompt(get_task("msd"), " mirror ") == replace(get_task("msd"), texts=("mirror",))
+    assert with_prompt(get_task("voc"), "") == get_task("voc")
+    with pytest.raises(UserError, match='PROMPT="dog" cannot stand for the 20 texts of voc'):
+        with_prompt(get_task("voc"), "dog")
 
 
 def test_an_unknown_task_is_answered_with_those_there_are():
@@ -535,6 +541,9 @@ def test_empty_and_full_masks_are_named_and_passed_over(tmp_path, capsys):
     with pytest.raises(UserError, match="SHOTS=3 .* set SHOTS=2 or less"):
         draw_shots(samples, task, 3, 0)
     drawn += capsys.readouterr().out
+    (tmp_path / "train/masks/i0.png").write_bytes((tmp_path / "train/masks/i1.png").read_bytes())
+    with pytest.raises(UserError, match="has 1 that can train: add training images"):
+        draw_shots(samples, task, 2, 0)
     assert "i1.png is full" in drawn and "i3.png is empty" in drawn
 
 
