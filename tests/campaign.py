@@ -70,8 +70,8 @@ def main() -> None:
     for violation in violations:
         print(f"\nviolated in {violation['case']} ({violation['part']}): {violation['what']}")
     if violations:
-        raise settings.UserError(f"{len(violations)} violations, listed above and in {OUT}; repeat one with ONLY=<case> "
-                                 f"SEED={SEED}")
+        raise settings.UserError(f"{len(violations)} violations, listed above and in {OUT}; repeat one with "
+                                 f"ONLY=<case> SEED={SEED}")
 
 
 if __name__ == "__main__":

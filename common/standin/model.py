@@ -1,4 +1,4 @@
-"""The SAM stand-in: segment_anything's own prompt encoder and mask decoder, narrow, under a small convolutional encoder.
+"""The SAM stand-in: segment_anything's own prompt encoder and mask decoder, narrow, under a small convolutional one.
 
 A plain ViT with global attention is too slow on a CPU at this size; the convolutional encoder embeds an image in a few
 milliseconds. Everything behind the embedding is segment_anything's code, so the product prompts it exactly as SAM.
@@ -58,9 +58,10 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(down(3, 24), down(24, 48), Residual(48))  # 48 x 48
         self.middle = nn.Sequential(down(48, 96), Residual(96), Residual(96))  # 24 x 24
-        self.deep = nn.Sequential(down(96, 128), Residual(128), GlobalContext(128), Residual(128, dilation=2))  # 12 x 12
+        self.deep = nn.Sequential(  # 12 x 12
+            down(96, 128), Residual(128), GlobalContext(128), Residual(128, dilation=2))
         self.lift = nn.Conv2d(128, 96, 1)
-        self.detail = nn.Conv2d(48 * 4, 96, 1)  # the four 48 x 48 features that a cell covers: outlines finer than a cell
+        self.detail = nn.Conv2d(48 * 4, 96, 1)  # the 48 x 48 features that a cell covers: outlines finer than a cell
         self.join = nn.Sequential(GlobalContext(96), Residual(96))
         self.neck = nn.Sequential(nn.Conv2d(96, WIDTH, 1, bias=False), LayerNorm2d(WIDTH),
                                   nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False), LayerNorm2d(WIDTH))

@@ -4,10 +4,10 @@
 
 The model is open_clip's `CLIP` at small size. Captions name kinds of things (with colour or surface, or without),
 shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates. In a batch of so few concepts many
-captions are true of many crops, so every pair is judged by itself: the contrastive loss is the sigmoid one (Zhai et al.,
-SigLIP, arXiv 2303.15343). It is taken twice: between captions and whole crops, on the class token; and between captions
-and regions of the crops, on CLIP Surgery's second path averaged over the region (as Zhong et al., RegionCLIP, arXiv
-2112.09106, do), so that so small a model learns in so few steps to find what a text means where it is.
+captions are true of many crops, so every pair is judged by itself: the contrastive loss is the sigmoid one (Zhai et
+al., SigLIP, arXiv 2303.15343). It is taken twice: between captions and whole crops, on the class token; and between
+captions and regions of the crops, on CLIP Surgery's second path averaged over the region (as Zhong et al., RegionCLIP,
+arXiv 2112.09106, do), so that so small a model learns in so few steps to find what a text means where it is.
 """
 
 import json
@@ -66,7 +66,7 @@ def write_caption(words: set[str], rng: np.random.Generator) -> tuple[str, set[s
 
 
 def choose_region(maps: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """A region of maps (5, s, s), as (s, s) bool: one of `count` things, an effect or, now and then, the bare ground."""
+    """A region of maps (5, s, s), (s, s) bool: one of `count` things, an effect or, now and then, the bare ground."""
     instances, effects = maps[0], [layer > 0 for layer in maps[2:] if layer.any()]
     things = [index for index in range(1, count + 1) if (instances == index).any()]
     options = len(things) + 2 * len(effects)
@@ -108,14 +108,15 @@ def draw_batch(images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
         captions.append(caption)
         claims.append(claimed)
     true_of_crops = torch.tensor([[claimed <= words for claimed in claims] for words in crop_words])
-    true_of_regions = torch.tensor([[[claimed <= words for claimed in claims] for words in told] for told in region_words])
+    true_of_regions = torch.tensor([[[claimed <= words for claimed in claims] for words in told]
+                                    for told in region_words])
     return (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(weights)), captions,
             true_of_crops, true_of_regions)
 
 
 def pair_loss(similarity: Tensor, true: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Sigmoid loss over all pairs (..., B) of something with a caption; true and false ones weigh the same, however many
-    there are of each."""
+    """Sigmoid loss over all pairs (..., B) of something with a caption; true and false ones weigh the same, however
+    many there are of each."""
     losses = F.softplus((scale.exp() * similarity + bias) * torch.where(true, -1, 1))
     return (losses[true].mean() + losses[~true].mean()) / 2
 
@@ -141,7 +142,8 @@ def pointing_game(surgery: ClipSurgery, images: np.ndarray, targets: np.ndarray)
 def report(model: open_clip.CLIP, tokenizer, images: np.ndarray, maps: np.ndarray, things: list[list[dict]]) -> None:
     """Prints pointing-game accuracy per text against chance, on held-out scenes."""
     instances = maps[:, 0]
-    salient = np.stack([np.isin(i, [1 + n for n, t in enumerate(ts) if t["salient"]]) for i, ts in zip(instances, things)])
+    salient = np.stack([np.isin(i, [1 + n for n, t in enumerate(ts) if t["salient"]])
+                        for i, ts in zip(instances, things)])
     kinds = np.stack([[np.isin(i, [1 + n for n, t in enumerate(ts) if t["kind"] == kind]) for kind in KINDS]
                       for i, ts in zip(instances, things)])
     targets = {("shadow",): maps[:, 2:3] > 0, ("mirror",): maps[:, 3:4] > 0, ("blurred region",): maps[:, 4:5] > 0,
@@ -183,8 +185,8 @@ def main() -> None:
         schedule.step()
         losses.append(loss.item())
         if step % 50 == 0:
-            print(f"step {step}/{STEPS}  loss {np.mean(losses[-50:]):.3f}  {(time.time() - started) / step:.2f} s a step",
-                  flush=True)
+            print(f"step {step}/{STEPS}  loss {np.mean(losses[-50:]):.3f}  "
+                  f"{(time.time() - started) / step:.2f} s a step", flush=True)
         if step % 600 == 0 or step == STEPS:
             model.eval()
             report(model, tokenizer, images[TRAIN:][:REPORT], maps[TRAIN:][:REPORT], things[TRAIN:][:REPORT])

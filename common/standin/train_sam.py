@@ -7,7 +7,8 @@ click, a positive and a negative one, or a box), after a few corrective clicks, 
 from the error region and from the 10 x 10 patch centres that AlignSAM's agent chooses among. Targets are single things,
 unions of several or of all of one kind (prompting must be able to collect disjoint parts), shadows, mirrors and
 defocused regions, without names. An auxiliary head on the embedding predicts how each place is painted and its local
-statistics: clicks alone teach edges, but no kinds of things. Neither the demo tasks' scenes nor the names of their targets are used.
+statistics: clicks alone teach edges, but no kinds of things. Neither the demo tasks' scenes nor the names of their
+targets are used.
 """
 
 import time
