@@ -42,7 +42,7 @@ KINDS = {
 }
 MAY_LOSE = {"stage 1": 0, "stage 2": 2, "stage 3": 1}  # finished units; stage 2 has SAVE_EVERY=2
 TOTAL = {"stage 1": 14, "stage 2": 20, "stage 3": 4}
-KEPT_IN = {"stage 1": "features.h5", "stage 2": "srm.pt", "stage 3": "agent.pt"}  # a row of stage 4 would go here
+KEPT_IN = {"stage 1": "features.h5", "stage 2": "srm.pt", "stage 3": "agent.pt"}  # stage 4 would keep its rows in one
 TIMED = ("agent_log.csv", "agent_curves.png")  # they show how long an episode took
 PATIENCE = 300  # seconds after which a stage counts as hung
 SET_PIPE_SIZE = 1031  # fcntl's F_SETPIPE_SZ, which Python names from 3.10 on Linux only

@@ -352,8 +352,11 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # hidden: what a kill leaves of it is no picture
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_scene(job: tuple[str, str, int, Path]) -> str:
