@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from common import cache, checkpoint, distributed, settings
 from common.batches import in_batches
-from common.clip_surgery import ClipSurgery, FrozenModels, load_clip
+from common.clip_surgery import ClipSurgery, load_clip
 from common.datasets import draw_shots, image_size, list_samples, load_image, load_labels
+from common.features import FrozenModels
 from common.sam import SamEmbedder, load_sam, sam_fingerprint
 from common.tasks import get_task, with_prompt
 

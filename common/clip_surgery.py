@@ -9,16 +9,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from common.errors import UserError
-from common.sam import SamEmbedder, squash
 from common.settings import require_intact
 
 STANDIN = Path(__file__).parent / "standin"
@@ -263,27 +260,3 @@ class ClipSurgery:
             similarity = single_text_similarity(tokens, self.text_features, self.empty_feature)
         side = self.image_size // self.patch
         return min_max(similarity[:, 1:]).transpose(1, 2).unflatten(2, (side, side))
-
-
-class FrozenModels:
-    """F and M_c of a picture, by SAM's encoder and CLIP Surgery together.
-
-    Stage 1 and images of one's own both come through here, so that a trained run never meets other inputs than those
-    it was trained on. frame: side in pixels of the square that points lie in.
-    """
-
-    def __init__(self, embedder: SamEmbedder, surgery: ClipSurgery, frame: int):
-        self.embedder, self.surgery, self.frame = embedder, surgery, frame
-
-    def see(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (H, W, 3) as SAM and as CLIP see it, squares of their sizes; without either model, so in any thread."""
-        side = (self.surgery.image_size, self.surgery.image_size)
-        for_sam = squash(image, self.embedder.sam.image_encoder.img_size, self.frame)
-        return for_sam, np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BILINEAR))
-
-    def features(self, seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """F (B, C, h, w) and M_c (B, K, h, w), resized to h x w, both float32, of B pictures as `see` returns them."""
-        for_sam, for_clip = map(np.stack, zip(*seen))
-        embeddings = self.embedder.embed(for_sam)
-        maps = self.surgery.maps(torch.from_numpy(for_clip).permute(0, 3, 1, 2))
-        return embeddings, F.interpolate(maps, embeddings.shape[2:], mode="bilinear")

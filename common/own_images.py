@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.batches import in_batches
-from common.clip_surgery import ClipSurgery, FrozenModels, load_clip
+from common.clip_surgery import ClipSurgery, load_clip
 from common.datasets import load_image
 from common.episode import Episode
 from common.errors import UserError
+from common.features import FrozenModels
 from common.pictures import draw_points, overlay
 from common.sam import SamEmbedder, full_masks, load_sam, sam_fingerprint
 from common.settings import write_atomic
