@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+from common import distributed
 from tests.conftest import arrays, command
 
 
@@ -77,3 +78,7 @@ def test_an_error_of_one_process_is_said_once_and_ends_both(workplace):
     process = start(workplace, "01_cache_features.py", "RUN_DIR=new", "DATA_DIR=broken")
     said = finish(process)
     assert process.returncode != 0 and said.count("error: ") == 1 and "broken/test/images/5.jpg" in said, said
+
+
+def test_what_is_gathered_is_in_the_order_of_the_samples():
+    assert distributed.gather([(4, "e"), (5, "f"), (2, "c")]) == [(2, "c"), (4, "e"), (5, "f")]
