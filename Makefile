@@ -1,5 +1,6 @@
 PYTHON ?= python3
 TASK ?= demo_saliency
+STAGE1 ?=
 TASKS ?= demo_blur demo_shadow demo_mirror demo_saliency demo_semantic
 SEEDS ?= 0
 FIGURE7 ?= 0
@@ -14,17 +15,18 @@ demo: .venv/installed  ## install, run all four stages on the embedded default, 
 	$(RUN) 03_train_agent.py
 	$(RUN) 04_evaluate.py
 
-row: .venv/installed  ## the four stages for one task: make row TASK=demo_shadow
-	$(RUN) 01_cache_features.py TASK=$(TASK)
-	$(RUN) 02_train_srm.py TASK=$(TASK)
-	$(RUN) 03_train_agent.py TASK=$(TASK)
-	$(RUN) 04_evaluate.py TASK=$(TASK)
+row: .venv/installed  ## the four stages for one task: make row TASK=duts STAGE1="SAM=vit_h CLIP=ViT-B-16-quickgelu/openai"
+	$(RUN) 01_cache_features.py TASK=$(TASK) DEVICE=$(DEVICE) $(STAGE1)
+	$(RUN) 02_train_srm.py TASK=$(TASK) DEVICE=$(DEVICE)
+	$(RUN) 03_train_agent.py TASK=$(TASK) DEVICE=$(DEVICE)
+	$(RUN) 04_evaluate.py TASK=$(TASK) DEVICE=$(DEVICE)
 
 tables: .venv/installed  ## every table of the paper for one task: make tables TASK=demo_shadow SEEDS=0,1,2 FIGURE7=1
 	$(RUN) -m common.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7) DEVICE=$(DEVICE)
 
 seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, three training seeds each
-	for task in $(TASKS); do $(RUN) -m common.tables TASK=$$task SEEDS=0,1,2 EXPERIMENTS=main || exit 1; done
+	for task in $(TASKS); do \
+		$(RUN) -m common.tables TASK=$$task SEEDS=0,1,2 EXPERIMENTS=main DEVICE=$(DEVICE) || exit 1; done
 
 bench: .venv/installed  ## how fast the parts are beside what they replace: make bench DEVICE=cuda
 	$(RUN) -m common.bench DEVICE=$(DEVICE)
