@@ -28,7 +28,7 @@ STEPS = 600  # optimiser steps
 SRM_BATCH = 8  # samples a step
 LEARNING_RATE = 1e-3  # Adam; stage 3 goes on at the paper's 1e-4
 ROUNDS = 15  # states have up to this many points beyond the start (T)
-STATES = {"no mask": 0.2, "test-time start": 0.3, "true start": 0.5}  # share of the steps that learn in each kind of state
+STATES = {"no mask": 0.2, "test-time start": 0.3, "true start": 0.5}  # share of the steps in each kind of state
 HELD_OUT = 100  # test samples, spread over the test set, on which accuracy is reported at the end
 
 # beyond the paper: RESIDUAL=0.5 EVERY_TEXT=true make AlignSAM+; stages 3 and 4 read both from srm.pt

@@ -241,7 +241,7 @@ def main() -> None:
     for row in rows:
         if row in finished:
             continue
-        found = []  # number, metrics of the last mask, IoU after each round, points chosen, those on the target, pictures
+        found = []  # number, last mask's metrics, IoU after each round, points chosen, those on the target, pictures
         bar = tqdm(mine, row, disable=distributed.RANK > 0)
         batches = in_batches(bar, BATCH_SIZE, partial(segment, row), mend="set DEVICE=cpu")
         for numbers, (truths, logits, actions, episode) in batches:
@@ -260,7 +260,7 @@ def main() -> None:
             finished[row] = {
                 "metrics": average(last, classes) | rate, "iou_per_round": list(rounds),
                 "iou_per_round_per_class": {name: [one[name] for one in by_class] for name in by_class[0]},
-                "pictures": dict(zip(numbers, pictures))}
+                "pictures": {number: kept for number, kept in zip(numbers, pictures) if kept}}
             checkpoint.save(part, {"settings": chosen, "finished": False, "rows": finished})
     if distributed.RANK > 0:
         return
@@ -284,14 +284,16 @@ def main() -> None:
         "task": TASK, "sam": features.attrs["sam"], "clip": features.attrs["clip"], "seed": trained["settings"]["seed"],
         "images": len(samples), "units": "all metrics are fractions between 0 and 1",
         "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "rounds": ROUNDS,
-        "branch": trained["settings"]["branch"], "trained": trained["settings"], "foreground_rate_attainable": attainable,
-        **({"clip_surgery_threshold": threshold} if threshold else {}), "rows": results,
+        "branch": trained["settings"]["branch"], "trained": trained["settings"],
+        "foreground_rate_attainable": attainable,
+        **({} if threshold is None else {"clip_surgery_threshold": threshold}), "rows": results,
         **{name: {row: finished[row][name] for row in rows} for name in (
             "iou_per_round", *(["iou_per_round_per_class"] if classes else []))}}
     settings.write_atomic(run_dir / RESULTS, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     written = [run_dir / RESULTS]
     pictures = {row: finished[row]["pictures"] for row in rows}
-    sequences = [Image.fromarray(kept["strip"].numpy()) for kept in pictures.get("AlignSAM", {}).values() if "strip" in kept]
+    prompted = pictures.get("AlignSAM", {}).values()
+    sequences = [Image.fromarray(kept["strip"].numpy()) for kept in prompted if "strip" in kept]
     if sequences:  # the paper's Figure 5: points and mask growing
         save_strips(sequences, run_dir / "strips.png")
         written.append(run_dir / "strips.png")
@@ -301,7 +303,7 @@ def main() -> None:
                            {row: pictures[row][number]["mask"].numpy() for row in rows}, {}, frame)
                      for number in sorted(drawn)], run_dir / "comparison.png")
         written.append(run_dir / "comparison.png")
-    gallery = [kept["gallery"] for kept in pictures.get("AlignSAM", {}).values() if "gallery" in kept]
+    gallery = [kept["gallery"] for kept in prompted if "gallery" in kept]
     if gallery:
         srm_log = checkpoint.read_log(run_dir / "srm_log.csv")
         write_report(run_dir / "report.html", content, srm_log, trained["log"], gallery)

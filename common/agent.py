@@ -51,7 +51,7 @@ def pool_state(state: Tensor, side: int) -> Tensor:
 
 
 def _overlap(patches: int, cells: int) -> Tensor:
-    """(patches, cells): the share of each of `patches` equal parts of a line that lies in each of `cells` equal ones."""
+    """(patches, cells): the share of each of `patches` equal parts of a line in each of `cells` equal ones."""
     ends, borders = torch.arange(patches + 1)[:, None] / patches, torch.arange(cells + 1) / cells
     shared = torch.minimum(ends[1:], borders[1:]) - torch.maximum(ends[:-1], borders[:-1])
     return shared.clamp(min=0) * patches

@@ -28,8 +28,8 @@ def best_threshold(maps: Tensor, truths: Iterable[np.ndarray]) -> float:
 
 
 def prompt_with_map(episode: Episode, count: int) -> None:
-    """CLIP Surgery's points (arXiv 2304.05653, section 3.4): `count` highest patch centres of M_c as foreground, as many
-    of the lowest as background, all in one prompt."""
+    """CLIP Surgery's points (arXiv 2304.05653, section 3.4): `count` highest patch centres of M_c as foreground, as
+    many of the lowest as background, all in one prompt."""
     heights = sample_at(episode.maps, episode.centres.expand(len(episode.maps), -1, -1), episode.frame)
     order = heights.argsort(1, descending=True)
     chosen = torch.cat([order[:, :count], order[:, -count:]], 1)
@@ -37,11 +37,11 @@ def prompt_with_map(episode: Episode, count: int) -> None:
 
 
 def next_clicks(masks: list[np.ndarray], truths: list[np.ndarray], frame: int) -> tuple[Tensor, Tensor]:
-    """The standard next click of interactive segmentation, for each image: the most interior pixel of the largest region
-    where mask and truth differ, with its true label.
+    """The standard next click of interactive segmentation, for each image: the most interior pixel of the largest
+    region where mask and truth differ, with its true label.
 
-    masks bool (H, W), truths uint8 (H, W), 255 ignored. Returns points (B, 1, 2), (x, y) in the frame, and labels (B, 1).
-    A mask without an error gets a click into what is right already.
+    masks bool (H, W), truths uint8 (H, W), 255 ignored. Returns points (B, 1, 2), (x, y) in the frame, and labels
+    (B, 1). A mask without an error gets a click into what is right already.
     """
     points, labels = [], []
     for mask, truth in zip(masks, truths):

@@ -208,7 +208,7 @@ def episode(sam: Sam, folder: Path) -> Workload:
                        log_probs.flatten(), values, last)
         return learnt, states.nbytes
 
-    # not the weights: where a gradient is nearly 0, Adam moves a weight by its learning rate an epoch at rounding's whim
+    # not the weights: where a gradient is nearly 0, Adam moves a weight by its learning rate at rounding's whim
     return Workload(f"a PPO episode of {EPISODE_IMAGES} images (states stored, images one by one)", ours, reference,
                     largest_difference, 1e-5)  # each of the 100 actions starts with a probability of 1e-2
 

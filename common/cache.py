@@ -281,7 +281,7 @@ class TrainingSet:
 
     def targets(self, rows: torch.Tensor, every_text: bool,
                 generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """M_c and y on the grid, (B, h, w) each, of the rows' own texts, or of texts that their images hold, at random."""
+        """M_c and y on the grid, (B, h, w) each, of the rows' texts, or of texts that their images hold, at random."""
         if not every_text or len(self.present[0]) == 1:
             return self.maps[rows], self.truth[rows]
         texts = torch.multinomial(self.present[rows.cpu()].float(), 1, generator=generator)[:, 0].to(rows.device)
@@ -352,8 +352,8 @@ class Cache:
         """
         samples = self.samples("train")
         if max(shots, 1) > len(samples):
-            raise UserError(f"SHOTS={shots} is more than the {len(samples)} samples drawn in {self.path}: set it lower, "
-                            "or run stage 1 with more SHOTS into another RUN_DIR")
+            raise UserError(f"SHOTS={shots} is more than the {len(samples)} samples drawn in {self.path}: set it "
+                            "lower, or run stage 1 with more SHOTS into another RUN_DIR")
         if shots == 1:
             raise UserError("SHOTS=1 is too few: advantages compare samples, so set it to 2 or more")
         samples = samples[:shots or None]

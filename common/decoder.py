@@ -1,6 +1,6 @@
-"""SAM's mask decoder for different images side by side, one mask each; what no point changes is computed once per image.
+"""SAM's mask decoder for different images side by side, one mask each; what no point changes is computed once an image.
 
-Weights and layers are segment_anything's (`TwoWayTransformer`, `MaskDecoder`), and the results equal theirs to rounding.
+Weights and layers are segment_anything's (`TwoWayTransformer`, `MaskDecoder`); the results equal theirs to rounding.
 What differs is the work: the official decoder repeats one image for many prompts, projects the untouched embedding in
 every call, adds the positional code to it each time, and upsamples for four masks.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class ImageSide(NamedTuple):
-    """What the decoder computes from B images alone, before the first point; n heads of d channels in the attentions."""
+    """What the decoder computes from B images alone, before the first point; attentions have n heads of d channels."""
 
     keys: Tensor  # (B, h w, C): the embedding with the "no mask" prompt added
     to_image_k: Tensor  # (B, n, h w, d): the first block's projections of it, where tokens attend to the image
@@ -80,7 +80,7 @@ class SingleMaskDecoder:
         v = heads(final, final.v_proj(keys))
         queries = transformer.norm_final_attn(queries + attend(final, q, k, v))
 
-        # output_upscaling, place by place: a 2 x 2 transposed convolution of stride 2 is a linear layer with four outputs
+        # output_upscaling, place by place: a 2 x 2 transposed convolution of stride 2 is a linear layer to four places
         first, norm, activation, second, _ = decoder.output_upscaling
         fine = transposed(first, keys)  # (B, h w, 4, C / 4)
         fine = activation(F.layer_norm(fine, fine.shape[3:], norm.weight, norm.bias, norm.eps))

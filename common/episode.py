@@ -20,8 +20,8 @@ class Episode:
     embeddings (B, C, h, w) float = F; maps (B, h, w) float = M_c, the task's text on the grid. No mask exists yet:
     M = 1 everywhere, and no point. `mask` (B, h, w) is the current M on the grid, `logits` (B, 4h, 4w) SAM's answer and
     `predicted_iou` (B,) its opinion of it, `points` (B, n, 2) and `labels` (B, n) P_t,
-    `allowed` (B, A) bool the patches that may still be chosen. residual: the share of F that a state keeps where the mask
-    is empty; 0 is the paper's Eq. 4.
+    `allowed` (B, A) bool the patches that may still be chosen. residual: the share of F that a state keeps where the
+    mask is empty; 0 is the paper's Eq. 4.
     """
 
     def __init__(self, prompter: BatchedPrompter, embeddings: Tensor, maps: Tensor, centres: Tensor,
@@ -41,7 +41,7 @@ class Episode:
         return spatial_state(self.embeddings[rows], self.mask[rows], self.residual)
 
     def semantic_state(self, rows: Tensor | slice = slice(None), maps: Tensor | None = None) -> Tensor:
-        """s_c = F * M_c (Eq. 11), (B, C, h, w), of all images or some; maps (B, h, w): M_c of other texts than theirs."""
+        """s_c = F * M_c (Eq. 11), (B, C, h, w), of all images or some; maps (B, h, w): M_c of other texts."""
         return self.embeddings[rows] * (self.maps[rows] if maps is None else maps)[:, None]
 
     def action_state(self) -> Tensor:

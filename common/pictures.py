@@ -43,7 +43,8 @@ def overlay(picture: np.ndarray, mask: np.ndarray, size: tuple[int, int] = (PANE
     base = Image.fromarray(picture).resize(size, Image.BILINEAR)
     where = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.NEAREST)
     outline = ImageChops.subtract(where.filter(ImageFilter.MaxFilter(3)), where)
-    base = Image.composite(Image.new("RGB", base.size, MASK_COLOUR), base, where.point(lambda value: value * MASK_SHARE))
+    share = where.point(lambda value: value * MASK_SHARE)
+    base = Image.composite(Image.new("RGB", base.size, MASK_COLOUR), base, share)
     return Image.composite(Image.new("RGB", base.size, (255, 255, 255)), base, outline)
 
 
@@ -60,8 +61,8 @@ def strip(name: str, target: str, picture: np.ndarray, truth: np.ndarray, masks:
     """One row: image, ground truth, then each of the masks under its caption.
 
     name and target caption the first two panels: the image's name and the text that is asked for.
-    truth uint8 (H, W), 1 = foreground; masks caption -> bool (H, W); prompts caption -> points (n, 2) and labels (n,) to
-    be marked on that mask, in the frame.
+    truth uint8 (H, W), 1 = foreground; masks caption -> bool (H, W); prompts caption -> points (n, 2) and labels (n,)
+    to be marked on that mask, in the frame.
     """
     panels = [(name, overlay(picture, np.zeros((1, 1), bool))),
               (f"ground truth: {target}", overlay(picture, truth == 1))]

@@ -113,8 +113,8 @@ def cache_identity(task: str) -> str:
 def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, features: str, like: dict) -> None:
     """Raises UserError where the results at `path` are of another cache or of other constants than `experiment` has.
 
-    What the experiment does not name must be as in the results `like`: a table is of one recipe, though the constants at
-    the top of the scripts may be edited, and scripts run by hand, between one run and the next.
+    What the experiment does not name must be as in the results `like`: a table is of one recipe, though the constants
+    at the top of the scripts may be edited, and scripts run by hand, between one run and the next.
     """
     asked = values_of(experiment.srm) | values_of(experiment.agent) | {"seed": seed, "features": features}
     follows = {"srm"} | ({"srm_steps"} if "branch" in asked else set())  # from the seed and the branch
@@ -127,8 +127,8 @@ def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, 
                 other = f"{name.upper()}={stored.get(name)}, not {value}"
                 if name == "features":
                     other = "another features.h5 than the one there is now"
-                raise settings.UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete it, "
-                                         "and run the same command again")
+                raise settings.UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete "
+                                         "it, and run the same command again")
 
 
 def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:

@@ -62,8 +62,8 @@ def write_run(run_dir: Path, images: int) -> None:
     torch.manual_seed(0)
     identity = cache.Cache.open(run_dir / "features.h5").identity()
     checkpoint.save(run_dir / "agent.pt", {
-        "settings": {"task": "folder", "branch": "explicit", "seed": 0, "shots": 0, "rounds": ROUNDS, "every_text": False,
-                     "residual": 0.0, "features": identity},
+        "settings": {"task": "folder", "branch": "explicit", "seed": 0, "shots": 0, "rounds": ROUNDS,
+                     "every_text": False, "residual": 0.0, "features": identity},
         "actor": Actor(channels).state_dict(), "srm": build_srm("explicit", channels).state_dict(), "log": [],
         "generator": torch.Generator().get_state(), "finished": True})
 

@@ -61,7 +61,7 @@ def test_actions_beyond_the_clip_range_move_the_actor_no_further():
     advantages = torch.ones(len(states))
     advantages[::2] = -1.0
     log_probs = policy(actor(states), allowed).log_prob(actions).detach()
-    old_log_probs = log_probs - advantages * math.log(1.5)  # ratio 1.5 where it should rise, 1 / 1.5 where it should fall
+    old_log_probs = log_probs - advantages * math.log(1.5)  # ratio 1.5 where it should rise, else 1 / 1.5
     weights = [parameter.clone() for parameter in actor.parameters()]
     ppo_update(actor, critic, torch.optim.SGD(actor.parameters(), 1.0), states, actions, allowed, old_log_probs,
                advantages, advantages, 1, 0.2)
@@ -81,7 +81,8 @@ def test_the_critic_learns_the_targets_and_explains_their_variance():
     allowed = torch.ones(len(states), 9, dtype=torch.bool)
     targets = marked.float()
     old = policy(actor(states), allowed).log_prob(actions).detach()
-    log = ppo_update(actor, critic, optimizer, states, actions, allowed, old, targets, torch.randn(len(states)), 300, 0.2)
+    log = ppo_update(actor, critic, optimizer, states, actions, allowed, old, targets, torch.randn(len(states)), 300,
+                     0.2)
     assert log["explained_variance"] > 0.9
 
 

@@ -39,7 +39,7 @@ def test_training_scenes_are_no_scenes_of_a_demo_task(monkeypatch):
     for effect in scenes.EFFECTS:
         for split in ("train", "test"):
             scenes.draw_for_task(effect, split, 0)
-    assert trained_on == {(0, 0)} and {seed[:2] for seed in seeds} == {(0, 1)}  # so none can be the same, whatever the index
+    assert trained_on == {(0, 0)} and {seed[:2] for seed in seeds} == {(0, 1)}  # so none can be the same
     assert len(set(seeds)) == len(seeds)
 
 

@@ -43,7 +43,8 @@ def test_before_any_mask_nothing_is_prompted(stage, episode):
     assert episode.points.shape[1] == 0 and torch.equal(episode.state(), episode.embeddings)
 
 
-@pytest.mark.parametrize("kind, start", [("test-time start", [[760, 760], [40, 760]]), ("true start", [[40, 40], None])])
+@pytest.mark.parametrize("kind, start", [("test-time start", [[760, 760], [40, 760]]),
+                                         ("true start", [[40, 40], None])])
 def test_points_follow_the_start_with_the_srms_labels_where_there_is_truth(stage, episode, kind, start):
     stage.reach_state(kind, episode, below, LABELS, torch.Generator().manual_seed(1))
     points, labels = episode.points, episode.labels
