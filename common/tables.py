@@ -28,7 +28,7 @@ from common.tasks import get_task
 
 TASK = "demo_saliency"
 SEEDS = (0,)  # of training; three give the spread that the README states
-EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main: all rows of one training; plus: AlignSAM+
+EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main, all rows of one training, is always run
 FIGURE7 = False  # also the sensitivity to T and E: six more trainings a seed
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
