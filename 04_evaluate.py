@@ -268,7 +268,8 @@ def main() -> None:
 
     # Table 9's bound: small targets have few centres that could be chosen
     attainable = ((truth_centres == 1).sum(1).clamp(max=ROUNDS) / ROUNDS).mean().item()
-    task_paper = get_task(TASK, "-").paper
+    task = get_task(TASK, "-")
+    task_paper = task.paper if features.texts == task.texts else None  # PROMPT asks something that the paper did not
     real = features.attrs["sam"] != "demo" and features.attrs["clip"] != "demo"
     print(f"\n{TASK}, {len(samples)} test samples, SAM {features.attrs['sam']}, CLIP {features.attrs['clip']}"
           + ("" if real else " (stand-ins: small models trained on drawn scenes; no figure compares with the paper's)"))

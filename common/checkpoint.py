@@ -3,14 +3,13 @@
 import csv
 import hashlib
 import io
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from common.errors import UserError
-from common.settings import write_atomic
+from common.settings import require_intact, write_atomic
 
 CONTENT = {"settings": dict, "finished": bool}  # of every such file,
 TRAINING = {"generator": torch.Tensor, "log": list}  # and of one that training goes on from
@@ -35,9 +34,7 @@ def load(path: Path, stage: str, **further: type) -> dict:
     if not path.exists():
         raise UserError(f"{path} does not exist: run {stage} first")
     try:
-        with zipfile.ZipFile(path) as parts:  # torch.load does not look at the checksums
-            if broken := parts.testzip():
-                raise ValueError(f"{broken} is not what was written")
+        require_intact(path)  # torch.load does not look at the checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
         for held, kinds in ((content, CONTENT | further), (content["settings"], SETTINGS)):
             if wrong := [name for name, kind in kinds.items() if not isinstance(held[name], kind)]:
