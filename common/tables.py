@@ -144,6 +144,11 @@ def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
         metrics += [value for row in content["rows"] for value in content["iou_per_round"][row]]
         if not all(map(math.isfinite, [*metrics, content["foreground_rate_attainable"]])):
             raise ValueError("a figure is not finite")
+        classes = content["rows"]["AlignSAM"].get("per_class", ())
+        rounds = [content["iou_per_round"]["AlignSAM"]]
+        rounds += [content["iou_per_round_per_class"]["AlignSAM"][label] for label in classes]
+        if any(len(values) != content["rounds"] + 1 or not all(map(math.isfinite, values)) for values in rounds):
+            raise ValueError("AlignSAM's rounds are not as many as it says, or not finite")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise settings.UserError(f"{path} is damaged or was not written by 04_evaluate.py ({type(error).__name__}: "
                                  f"{error}): delete it and run the same command again") from error

@@ -136,8 +136,9 @@ def told(content: object) -> str:
 def read_results(path: Path) -> str:
     results = tables.read_results(path, "folder", ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI"))
     tables.pooled([results])
-    values = tables.per_round([results], "AlignSAM")
-    sound(all(np.isfinite(mean) for mean, _ in values), "values that are not finite")
+    rounds = tables.rounds_of({"iterations": {"": [results]}})
+    sound(all(np.isfinite(mean) for values in rounds.values() for mean, _ in values), "values that are not finite")
+    sound(len(rounds["AlignSAM"]) == results["rounds"] + 1, "other rounds than it claims")
     sound(np.isfinite(results["foreground_rate_attainable"]), "values that are not finite")
     return ""
 
@@ -428,6 +429,8 @@ CLAIMS: dict[str, list[tuple[str, Callable[[Path], object]]]] = {
         ("a row that is a number", of_results(lambda content: content["rows"].update({"w/o RL": 3}))),
         ("a metric missing", of_results(lambda content: content["rows"]["w/o RL"].pop("mIoU"))),
         ("rounds of texts", of_results(lambda content: content["iou_per_round"].update(AlignSAM=["x"]))),
+        ("fewer rounds than it says", of_results(lambda content: content["iou_per_round"]["AlignSAM"].pop())),
+        ("more rounds than it has", of_results(lambda content: content.update(rounds=20))),
         ("rounds not finite", of_results(lambda content: content["iou_per_round"].update(AlignSAM=[NAN]))),
     ],
 }
