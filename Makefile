@@ -31,7 +31,7 @@ seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, t
 bench: .venv/installed  ## how fast the parts are beside what they replace: make bench DEVICE=cuda
 	$(RUN) -m common.bench DEVICE=$(DEVICE)
 
-faults: .venv/installed  ## kill stages, fill disks and damage files at random: about half an hour
+faults: .venv/installed  ## kill stages, fill disks and damage files at random: ten minutes
 	$(RUN) -m tests.campaign KILLS=200 INPUTS=1000
 
 standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: two hours on a CPU
