@@ -83,6 +83,8 @@ def accuracy(srm: torch.nn.Module, episode: Episode, truth: torch.Tensor) -> tup
 def main() -> None:
     settings.positive(globals(), "STEPS", "SRM_BATCH", "LEARNING_RATE", "ROUNDS", "HELD_OUT", "SAVE_EVERY", "LOG_EVERY")
     settings.not_negative(globals(), "SEED", "SHOTS")
+    if min(STATES.values()) < 0 or abs(sum(STATES.values()) - 1) > 1e-6:
+        raise settings.UserError(f"STATES={STATES} are no shares: set them to 0 or more, and to 1 in all")
     if not 0 <= RESIDUAL <= 1:
         raise settings.UserError(f"RESIDUAL={RESIDUAL} is no share: set it between 0 and 1")
     device = settings.device(DEVICE)

@@ -275,7 +275,9 @@ def main() -> None:
           + ("" if real else " (stand-ins: small models trained on drawn scenes; no figure compares with the paper's)"))
     table = {name: {key: value for key, value in row.items() if key != "per_class"} for name, row in results.items()}
     print(results_table(table, paper_row(task_paper) if task_paper and real else None))
-    print(f"FR attainable: {attainable:.4f} (no choice of {ROUNDS} different patches does better)")
+    print(f"FR attainable: {100 * attainable:.2f} (no choice of {ROUNDS} different patches does better)")
+    if ROUNDS != trained["settings"]["rounds"]:
+        print(f"evaluated with ROUNDS={ROUNDS}, trained with ROUNDS={trained['settings']['rounds']}")
     if classes:
         per_class = {name: {label: scores["mIoU"] for label, scores in row["per_class"].items()}
                      for name, row in results.items()}

@@ -1,5 +1,6 @@
 """How every numbered script starts: constants from the command line, errors as sentences, safe writes."""
 
+import ast
 import contextlib
 import difflib
 import errno
@@ -69,18 +70,24 @@ def override(constants: dict[str, object], argv: list[str]) -> None:
     """Replace UPPER_CASE `constants` by the values in `argv`, each NAME=value read as its default's type.
 
     A tuple is given as 1,2,3; a dict as one value for all its keys, or as key:value,key:value, where keys
-    that are left out keep their default. `help` prints the constants and exits. Names that start with an
-    underscore, and values of other types, cannot be given. Raises UserError, with nothing replaced.
+    that are left out keep their default. `help` prints the constants with their comments and exits. Names that start
+    with an underscore, values of other types, and constants that the script imports, which would change for the script
+    alone, cannot be given. Raises UserError, with nothing replaced.
     """
+    own = _assigned(Path(constants["__file__"])) if "__file__" in constants else dict.fromkeys(constants, "")
     settable = {
         name: value
         for name, value in constants.items()
         if name.isupper() and name[0] != "_" and isinstance(value, tuple(KINDS)) and value not in ((), {})
+        and name in own
     }
     if any(argument in ("help", "--help", "-h") for argument in argv):
         print((constants.get("__doc__") or "").strip())
-        print(f"\nusage: python {Path(sys.argv[0]).name} [NAME=value ...]\n")
-        print("\n".join(f"  {name}={_show(value)}" for name, value in settable.items()))
+        spec = constants.get("__spec__")  # there where python -m started it
+        print(f"\nusage: python {f'-m {spec.name}' if spec else Path(sys.argv[0]).name} [NAME=value ...]\n")
+        shown = {name: f"{name}={_show(value)}" for name, value in settable.items()}
+        width = min(32, max(map(len, shown.values())))
+        print("\n".join(f"  {shown[name]:{width}}  {own[name]}".rstrip() for name in settable))
         sys.exit(0)
     listed = "the constants are " + ", ".join(f"{name}={_show(value)}" for name, value in settable.items())
     given = {}
@@ -98,6 +105,15 @@ def override(constants: dict[str, object], argv: list[str]) -> None:
             kind = KINDS[type(settable[name])]
             raise UserError(f"{argument} does not read as {kind}; {listed}") from None
     constants.update(given)
+
+
+def _assigned(script: Path) -> dict[str, str]:
+    """{name: the comment after it} of what a script assigns outside functions and classes."""
+    source = script.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    return {name.id: lines[statement.end_lineno - 1].partition("  # ")[2]
+            for statement in ast.parse(source).body if isinstance(statement, ast.Assign)
+            for target in statement.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
 
 
 def _parse(text: str, default: object) -> object:
@@ -200,7 +216,7 @@ def require_finite(values: dict[str, float], where: str) -> None:
 
 
 def command(script: str, constants: dict[str, object]) -> str:
-    """The command that runs another stage of the same run, to be pasted into a shell: script and the constants that
+    """What runs another stage of the same run, quoted for a shell and without "python": script and the constants that
     say which run it is."""
     given = [f"{name}={constants[name]}" for name in ("TASK", "RUN_DIR", "FEATURES") if constants[name]]
     return shlex.join([script, *given])

@@ -281,3 +281,17 @@ def test_a_number_that_is_not_finite_is_named():
     require_finite({"loss": 0.5}, "in step 1")
     with pytest.raises(UserError, match="value loss is nan in episode 3"):
         require_finite({"loss": 0.5, "value_loss": float("nan")}, "in episode 3")
+
+
+def test_constants_that_a_script_imports_cannot_be_given_and_help_shows_the_comments(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("from other import DROP\n\nSTEPS = 600  # optimiser steps\nNAMES = (\n    'a',)  # of them\n")
+    constants = {"__file__": str(script), "DROP": 0.4, "STEPS": 600, "NAMES": ("a",)}
+    with pytest.raises(UserError, match="there is no constant DROP"):
+        override(constants, ["DROP=0.1"])
+    override(constants, ["STEPS=5"])
+    assert constants["STEPS"] == 5 and constants["DROP"] == 0.4
+    with pytest.raises(SystemExit):
+        override(constants, ["help"])
+    printed = capsys.readouterr().out
+    assert "STEPS=5" in printed and "optimiser steps" in printed and "of them" in printed and "DROP" not in printed

@@ -183,6 +183,7 @@ def test_stages_3_and_4_see_the_state_that_stage_2_chose(workplace):
     ("04_evaluate.py", ["ROWS=AlignSAM,w/o luck"], "ROWS names 'w/o luck'"),
     ("04_evaluate.py", ["IMAGES=nowhere"], "IMAGES=nowhere is no folder"),
     ("02_train_srm.py", ["SEED=-1"], "SEED=-1 must be 0 or more"),
+    ("02_train_srm.py", ["STATES=1"], "are no shares"),
     ("02_train_srm.py", ["RESIDUAL=2"], "RESIDUAL=2.0 is no share"),
     ("01_cache_features.py", ["RUN_DIR=new", "SHOTS=1"], "SHOTS=1 is too few"),
     ("02_train_srm.py", ["BRANCH=both", "RUN_DIR=new", "FEATURES=runs/folder/features.h5"],
