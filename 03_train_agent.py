@@ -119,15 +119,15 @@ def main() -> None:
                 action = pick(distribution, generator)  # a_t ~ pi(. | s_t)
                 answer = episode.label_by(episode.foreground(srm), action)
                 on_target = shots.truth_centres.gather(1, action[:, None])[:, 0] == 1
+                values.append(critic(state))
             masks.append(episode.mask)
             allowed.append(episode.allowed)
             actions.append(action)
             log_probs.append(distribution.log_prob(action))
-            values.append(critic(state).detach())
             rewards.append(on_target.float() * 2 - 1)  # +1 on foreground, -1 elsewhere
             hits.append(on_target.float().mean().item())
             right.append((answer == on_target).float().mean().item())
-            srm_log.append(train_srm(episode))
+            srm_log.append(train_srm(episode))  # in s_t, where the SRM has just answered
             episode.step(action, answer)  # P_t, M_t
 
         # Eqs. 6 and 7: returns bootstrapped from s_{T+1} = F * M_T, and advantages
