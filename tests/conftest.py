@@ -1,9 +1,11 @@
 """Fixtures that more than one file of tests uses, and how they start the four scripts."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import h5py
 import numpy as np
@@ -22,6 +24,14 @@ STAGES = {
     "03_train_agent.py": ["EPISODES=4", "EPOCHS=2", "ROUNDS=3", "SRM_BATCH=4"],
     "04_evaluate.py": ["ROUNDS=3", "PICTURES=2", "BATCH_SIZE=2"],
 }
+
+
+def load_script(name: str) -> ModuleType:
+    """A numbered script as a module of its own, whose constants a test may change; its main is not run."""
+    spec = importlib.util.spec_from_file_location(f"stage_{name[:2]}", ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def command(script: str, *more: str) -> list[str]:

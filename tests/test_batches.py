@@ -1,7 +1,5 @@
 """Batches that do not fit are halved, said, and tried again; nothing is lost on the way."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from common.batches import in_batches
 from common.errors import UserError
 from common.sam import SamEmbedder
 from common.settings import override
-from tests.conftest import ROOT, STAGES, arrays
+from tests.conftest import STAGES, arrays, load_script
 
 CPU_WORDS = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
 
@@ -57,9 +55,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
 
 
 def test_stage_1_finds_its_batch_size(workplace, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("cache_features", ROOT / "01_cache_features.py")
-    stage = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stage)
+    stage = load_script("01_cache_features.py")
     override(vars(stage), [*STAGES["01_cache_features.py"], "TASK=folder", "DEVICE=cpu", "RUN_DIR=halved",
                            "BATCH_SIZE=8"])
     embed = SamEmbedder.embed

@@ -1,13 +1,11 @@
 """Each row of the evaluation changes one thing: where the next point goes, or what labels it."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from common.episode import Episode, patch_centres
+from tests.conftest import load_script
 from tests.test_episode import Recorder
 
 ROUNDS = 6
@@ -24,9 +22,7 @@ class Answering(Recorder):
 
 @pytest.fixture
 def stage():
-    spec = importlib.util.spec_from_file_location("evaluate", Path(__file__).parent.parent / "04_evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("04_evaluate.py")
     module.ROUNDS = ROUNDS
     return module
 

@@ -1,23 +1,19 @@
 """Stage 2 takes its samples into the states that prompting meets."""
 
-import importlib.util
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from common.episode import Episode, patch_centres
+from tests.conftest import load_script
 from tests.test_episode import Recorder
 
 
 @pytest.fixture
 def stage():
-    spec = importlib.util.spec_from_file_location("train_srm", Path(__file__).parent.parent / "02_train_srm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("02_train_srm.py")
 
 
 @pytest.fixture
