@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from segment_anything import sam_model_registry
-from segment_anything.modeling import Sam
+from segment_anything.modeling import ImageEncoderViT, Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from tqdm import tqdm
 
 from common.decoder import ImageSide, SingleMaskDecoder
+from common.encoder import encode
 from common.errors import UserError
 from common.settings import require_intact
 
@@ -219,7 +220,9 @@ class SamEmbedder:
         """uint8 (B, s, s, 3) from `squash`, s = SAM's input size -> float32 (B, C, h, w) on SAM's device."""
         pixels = torch.as_tensor(images, device=self.sam.device).permute(0, 3, 1, 2)
         with torch.autocast(self.sam.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.sam.image_encoder(self.sam.preprocess(pixels)).float()
+            pixels = self.sam.preprocess(pixels)
+            encoder = self.sam.image_encoder
+            return (encode(encoder, pixels) if isinstance(encoder, ImageEncoderViT) else encoder(pixels)).float()
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -42,6 +42,9 @@ def tiny() -> Sam:
                             norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)),
             PromptEncoder(16, (16, 16), (256, 256), mask_in_chans=4),
             MaskDecoder(transformer_dim=16, transformer=TwoWayTransformer(2, 16, 2, 32)))
+        for block in sam.image_encoder.blocks:  # zero as they start, they would hide an error
+            torch.nn.init.normal_(block.attn.rel_pos_h, std=0.5)
+            torch.nn.init.normal_(block.attn.rel_pos_w, std=0.5)
     return sam.eval().requires_grad_(False)
 
 
