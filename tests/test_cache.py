@@ -357,6 +357,27 @@ def test_an_embedding_that_went_bad_on_the_disk_is_named_when_it_is_read(complet
         opened.embeddings(np.array([[0, 0], [1, 0]]))
 
 
+def test_embeddings_that_another_tool_compressed_are_refused(complete):
+    with h5py.File(complete, "r+") as file:
+        values = file["embeddings"][:]
+        del file["embeddings"]
+        file.create_dataset("embeddings", data=values, chunks=(1, *values.shape[1:]), compression="gzip")
+    with pytest.raises(UserError, match="features.h5 is damaged .*not stored one image a chunk, uncompressed"):
+        Cache.open(complete)
+
+
+def test_an_embedding_whose_chunk_is_gone_is_named_when_it_is_read(complete):
+    with h5py.File(complete, "r+") as file:
+        values = file["embeddings"][:1]
+        shape = file["embeddings"].shape
+        del file["embeddings"]
+        file.create_dataset("embeddings", shape, values.dtype, chunks=(1, *shape[1:]))[0] = values[0]
+    opened = Cache.open(complete)
+    assert opened.embedding([0]).isfinite().all()
+    with pytest.raises(UserError, match="features.h5 is damaged .*/embeddings of naïve"):
+        opened.embedding([1])
+
+
 @pytest.mark.parametrize("dataset", SUMMED)
 def test_a_single_bit_that_went_bad_in_any_dataset_is_noticed(complete, dataset):
     with CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES) as writer:
