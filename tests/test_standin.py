@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.datasets import list_samples, load_image, load_labels
-from common.standin import model, scenes
+from common.standin import auxiliary, model, scenes
 from common.standin.store import draw_small
 from common.standin.train_sam import HELD_OUT, TRAIN, corrective_clicks
 from common.tasks import DEMO_CLASSES, get_task
@@ -41,6 +41,38 @@ def test_training_scenes_are_no_scenes_of_a_demo_task(monkeypatch):
             scenes.draw_for_task(effect, split, 0)
     assert trained_on == {(0, 0)} and {seed[:2] for seed in seeds} == {(0, 1)}  # so none can be the same
     assert len(set(seeds)) == len(seeds)
+
+
+def test_the_shape_of_a_thing_is_told_by_its_outline():
+    y, x = np.mgrid[-100:100, -100:100] + 0.5
+    disc = auxiliary.shape_of(np.hypot(x - 20, y) < 60)
+    centre_x, centre_y, area, stretch, kurtosis, hole, fill, three, four, five, six = disc
+    assert (centre_x, centre_y) == pytest.approx((119.5 / 200, 99.5 / 200), abs=1e-3)  # in pixel centres from 0
+    assert area == pytest.approx(np.log(np.pi * 0.3 ** 2), abs=0.01) and stretch == pytest.approx(0, abs=0.01)
+    assert kurtosis == pytest.approx(4 / 3, abs=0.01)  # of a disc: (1/3) / (1/2)^2
+    assert (hole, three, four, five, six) == pytest.approx((0, 0, 0, 0, 0), abs=0.01)
+    assert fill == pytest.approx(1 / 0.98 ** 2, abs=0.1)  # its greatest radius is taken at the 98th percentile
+    ring = auxiliary.shape_of((np.hypot(x, y) < 60) & (np.hypot(x, y) > 30))
+    assert ring[5] == pytest.approx(1 / 3, abs=0.01)  # a hole of 30^2 in 60^2 - 30^2
+    square = auxiliary.shape_of((abs(x) < 50) & (abs(y) < 50))
+    turned = auxiliary.shape_of((abs(x + y) < 50) & (abs(x - y) < 50))
+    assert square[8] > 0.1 > max(square[[7, 9, 10]])
+    assert turned[3:] == pytest.approx(square[3:], abs=0.03)
+
+
+def test_only_things_that_can_be_seen_have_a_shape():
+    instances = np.zeros((2, 40, 40), np.uint8)
+    instances[0, 5:15, 5:15], instances[0, 20:23, 20:23] = 1, 2  # the second is too small
+    instances[1, 5:15, 5:35] = 1
+    instances[1, 8:12, 20:23] = 0  # a hole
+    shapes = auxiliary.shapes_of_scenes(instances)
+    assert shapes.shape == (2, 3, auxiliary.SHAPE)
+    known = ~np.isnan(shapes).any(2)
+    assert known.tolist() == [[False, True, False], [False, True, False]]
+    small, large = shapes[known][:, 2:6]
+    assert small == pytest.approx(-large, abs=1e-4)  # standardised
+    assert abs(large) == pytest.approx(np.ones(4), abs=1e-4)
+    assert large[0] > 0 and large[1] > 0 and large[3] > 0  # larger, longer, with a hole
 
 
 @pytest.mark.parametrize("effect", scenes.EFFECTS)

@@ -59,8 +59,9 @@ class ImageEncoder(nn.Module):
         self.stem = nn.Sequential(down(3, 24), down(24, 48), Residual(48))  # 48 x 48
         self.middle = nn.Sequential(down(48, 96), Residual(96), Residual(96))  # 24 x 24
         self.deep = nn.Sequential(  # 12 x 12
-            down(96, 128), Residual(128), GlobalContext(128), Residual(128, dilation=2))
-        self.lift = nn.Conv2d(128, 96, 1)
+            down(96, 192), Residual(192), GlobalContext(192), Residual(192, dilation=2), GlobalContext(192),
+            Residual(192))
+        self.lift = nn.Conv2d(192, 96, 1)
         self.detail = nn.Conv2d(48 * 4, 96, 1)  # the 48 x 48 features that a cell covers: outlines finer than a cell
         self.join = nn.Sequential(GlobalContext(96), Residual(96))
         self.neck = nn.Sequential(nn.Conv2d(96, WIDTH, 1, bias=False), LayerNorm2d(WIDTH),

@@ -1,14 +1,14 @@
 """Trains the SAM stand-in from scratch, the way SAM was trained: clicks, then clicks where the mask is wrong.
 
-    python -m common.standin.train_sam            76 minutes on one thread of a 2-core CPU
+    python -m common.standin.train_sam            50 minutes on both threads of a 2-core CPU
 
 Each step embeds a batch of scenes, asks for two targets a scene and decodes three times: after the first prompt (one
 click, a positive and a negative one, or a box), after a few corrective clicks, and after up to 17 points in all, drawn
 from the error region and from the 10 x 10 patch centres that AlignSAM's agent chooses among. Targets are single things,
 unions of several or of all of one kind (prompting must be able to collect disjoint parts), shadows, mirrors and
-defocused regions, without names. An auxiliary head on the embedding predicts how each place is painted and its local
-statistics: clicks alone teach edges, but no kinds of things. Neither the demo tasks' scenes nor the names of their
-targets are used.
+defocused regions, without names. Before that, and beside it, a linear head on the embedding learns nameless facts about
+each place (auxiliary.py), as SAM's encoder starts from masked pretraining: clicks alone teach edges, but no kinds of
+things. Neither the demo tasks' scenes nor the names of their targets are used.
 """
 
 import time
@@ -22,16 +22,19 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.standin import auxiliary
 from common.standin.model import IMAGE_SIZE, STRIDE, WEIGHTS, WIDTH, new_sam
-from common.standin.scenes import SURFACES
 from common.standin.store import load_scenes
 
 SCENES = Path("data/standin")  # where the training scenes are kept
 TRAIN, HELD_OUT = 8000, 400  # scenes
-STEPS = 4500  # optimiser steps
+PRETRAINING = 1500  # optimiser steps of the encoder alone, on the auxiliary head
+STEPS = 5000  # optimiser steps with clicks
 BATCH = 16  # scenes a step
+AUXILIARY = 0.3  # weight of the auxiliary head beside clicks
 TARGETS = 2  # targets a scene: the encoder's work is shared
-LEARNING_RATE = 6e-4  # AdamW, 300 warm-up steps, cosine to zero
+PRETRAINING_RATE, LEARNING_RATE = 2e-3, 6e-4  # AdamW, a short warm-up, cosine to zero
+SHARES = {"thing": 0.36, "kind": 0.16, "union": 0.16, "shadow": 0.14, "mirror": 0.1, "blur": 0.08}  # of the targets
 SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = IMAGE_SIZE // 2  # side of the decoder's low-resolution masks, at which targets and clicks live
@@ -47,17 +50,20 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor, boxes: 
     sparse, dense = sam.prompt_encoder((points, labels), boxes, masks)
     output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([output_tokens.expand(len(embeddings), -1, -1), sparse], dim=1)
-    hs, src = decoder.transformer(embeddings + dense, sam.prompt_encoder.get_dense_pe().expand_as(dense), tokens)
-    fine = decoder.output_upscaling(src.transpose(1, 2).reshape(embeddings.shape))
-    weights = torch.stack([mlp(hs[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
-    return torch.einsum("bkc,bchw->bkhw", weights, fine), decoder.iou_prediction_head(hs[:, 0])
+    positions = sam.prompt_encoder.get_dense_pe().expand_as(dense)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=sam.training):
+        hs, src = decoder.transformer(embeddings + dense, positions, tokens)
+        fine = decoder.output_upscaling(src.transpose(1, 2).reshape(embeddings.shape))
+        weights = torch.stack([mlp(hs[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
+        quality = decoder.iou_prediction_head(hs[:, 0])
+    return torch.einsum("bkc,bchw->bkhw", weights.float(), fine.float()), quality.float()
 
 
 def draw_target(maps: np.ndarray, things: list[dict], rng: np.random.Generator) -> np.ndarray:
     """One nameless target of a scene, (96, 96) bool, covering at least 12 of its low-resolution pixels."""
     instances, _, shadow, mirror, blur = maps[:, ::2, ::2]
     for _ in range(20):
-        what = rng.choice(("thing", "kind", "union", "shadow", "mirror", "blur"), p=(0.36, 0.16, 0.16, 0.14, 0.1, 0.08))
+        what = rng.choice(list(SHARES), p=list(SHARES.values()))
         if what == "shadow":
             target = shadow > 0
             if rng.random() < 0.5 and target.any():  # one connected part of it
@@ -122,16 +128,6 @@ def iou(logits: Tensor, targets: Tensor) -> Tensor:
     return (found & targets).sum((-2, -1)) / (found | targets).sum((-2, -1)).clamp(min=1)
 
 
-def auxiliary_targets(images: Tensor, surfaces: Tensor) -> tuple[Tensor, Tensor]:
-    """What the auxiliary head predicts: the surface at each cell's centre (B, g, g), and from the image alone the
-    cell's mean colour, that less the image's mean, and its local contrast (B, 7, g, g)."""
-    pixels = images / 64 - 2
-    mean = F.avg_pool2d(pixels, STRIDE)
-    contrast = (pixels - F.avg_pool2d(pixels, 3, 1, 1)).abs().mean(1, keepdim=True)
-    contrast = (F.avg_pool2d(contrast, STRIDE) + 0.01).log()
-    return surfaces, torch.cat([mean, mean - mean.mean((2, 3), keepdim=True), contrast], 1)
-
-
 @torch.no_grad()
 def corrective_clicks(sam: Sam, images: np.ndarray, maps: np.ndarray, things: list[list[dict]], clicks: int) -> Tensor:
     """IoU (targets, clicks) after each click of the standard protocol: the most interior pixel of the largest error."""
@@ -174,76 +170,86 @@ def look_where_you_are(sam: Sam) -> None:
         attention.k_proj.load_state_dict(attention.q_proj.state_dict())
 
 
+def click_loss(sam: Sam, embeddings: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, float]:
+    """SAM's loss of three prompts in a row for targets (B, 96, 96) bool in embeddings (B, C, g, g); the last IoU."""
+    # first prompt: one click, one of each label, or a box; SAM's best of three masks counts for a single click
+    loss, points, boxes, previous = 0, clicks_in(targets, 1), None, None
+    style = rng.choice(("click", "pair", "box"), p=(0.45, 0.4, 0.15))
+    if style == "pair":
+        points = torch.cat([points, clicks_in(~targets, 1)], 1)
+    labels = label_of(points, targets)
+    if style == "box":
+        rows_hit, columns_hit = targets.any(2).float(), targets.any(1).float()
+        first = torch.stack([columns_hit.argmax(1), rows_hit.argmax(1)], 1)
+        last = LOW - torch.stack([columns_hit.flip(1).argmax(1), rows_hit.flip(1).argmax(1)], 1)
+        boxes = torch.cat([first, last], 1).float() * (IMAGE_SIZE / LOW)
+        boxes = boxes + torch.randn_like(boxes) * 3
+    for extra in (0, int(rng.integers(1, 5)), int(rng.integers(1, 12))):
+        if extra:
+            more, more_labels = corrections(logits[:, 0].detach(), targets, extra, rng)
+            points, labels = torch.cat([points, more], 1), torch.cat([labels, more_labels], 1)
+            previous = logits[:, :1].detach() if rng.random() < 0.25 else None
+            boxes = boxes if rng.random() < 0.5 else None
+        logits, quality = decode(sam, embeddings, points, labels, boxes, previous)
+        losses = mask_loss(logits, targets)
+        loss = loss + losses[:, 0].mean() + (0 if extra else 0.5 * losses[:, 1:].min(1).values.mean())
+        loss = loss + F.mse_loss(quality, iou(logits.detach(), targets[:, None].expand(logits.shape)))
+    return loss, iou(logits[:, 0].detach(), targets).mean().item()
+
+
 def main() -> None:
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     images, maps, things = load_scenes(SCENES, TRAIN + HELD_OUT)
+    shapes = auxiliary.shapes_of_scenes(maps[:TRAIN, 0])
     sam = new_sam().to(DEVICE)
     look_where_you_are(sam)
     sam.image_encoder.to(memory_format=torch.channels_last)
-    head = nn.Conv2d(WIDTH, len(SURFACES) + 7, 1).to(DEVICE)
+    head = nn.Conv2d(WIDTH, auxiliary.CHANNELS, 1).to(DEVICE)
     parameters = [*sam.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=300 / STEPS)
-    started, ious = time.time(), []
+    started, ious = time.time(), [0.0]
 
-    for step in range(1, STEPS + 1):
-        # scenes, each flipped at random, and what is asked for in them
+    for step in range(1, PRETRAINING + STEPS + 1):
+        if step in (1, PRETRAINING + 1):  # the encoder alone, then all of it
+            rate, steps = (PRETRAINING_RATE, PRETRAINING) if step == 1 else (LEARNING_RATE, STEPS)
+            optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.07)
+
+        # scenes, flipped at random
         rows = np.sort(rng.choice(TRAIN, BATCH, replace=False))
-        picture, layers = images[rows], maps[rows]
+        picture, layers, outlines = images[rows], maps[rows], shapes[rows]
         if rng.random() < 0.5:
-            picture, layers = picture[:, :, ::-1], layers[..., ::-1]
+            picture, layers, outlines[..., 0] = picture[:, :, ::-1], layers[..., ::-1], 1 - outlines[..., 0]
         if rng.random() < 0.5:
-            picture, layers = picture[:, ::-1], layers[..., ::-1, :]
-        targets = np.stack([draw_target(layers[i], things[row], rng)
-                            for _ in range(TARGETS) for i, row in enumerate(rows)])
-        targets = torch.from_numpy(targets).to(DEVICE)
-        picture = torch.from_numpy(picture.copy()).permute(0, 3, 1, 2).float().to(DEVICE)
-        surfaces = torch.from_numpy(layers[:, 1, STRIDE // 2::STRIDE, STRIDE // 2::STRIDE].copy()).long().to(DEVICE)
+            picture, layers, outlines[..., 1] = picture[:, ::-1], layers[..., ::-1, :], 1 - outlines[..., 1]
 
         # embed once, check what the embedding knows
+        picture = torch.from_numpy(picture.copy()).permute(0, 3, 1, 2).float().to(DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16):
             embeddings = sam.image_encoder(sam.preprocess(picture).contiguous(memory_format=torch.channels_last))
         embeddings = embeddings.float().contiguous()
-        surfaces, statistics = auxiliary_targets(picture, surfaces)
-        guess = head(embeddings)
-        loss = 0.5 * F.cross_entropy(guess[:, :len(SURFACES)], surfaces)
-        loss = loss + 0.5 * F.mse_loss(guess[:, len(SURFACES):], statistics)
-        embeddings = embeddings.repeat(TARGETS, 1, 1, 1)
+        centres = layers[:, :2, STRIDE // 2::STRIDE, STRIDE // 2::STRIDE].copy()
+        instances, surfaces = torch.from_numpy(centres).long().to(DEVICE).unbind(1)
+        loss = auxiliary.loss(head(embeddings), picture, instances, surfaces, torch.from_numpy(outlines).to(DEVICE))
 
-        # first prompt: one click, one of each label, or a box; SAM's best of three masks counts for a single click
-        points, boxes, previous = clicks_in(targets, 1), None, None
-        style = rng.choice(("click", "pair", "box"), p=(0.45, 0.4, 0.15))
-        if style == "pair":
-            points = torch.cat([points, clicks_in(~targets, 1)], 1)
-        labels = label_of(points, targets)
-        if style == "box":
-            rows_hit, columns_hit = targets.any(2).float(), targets.any(1).float()
-            first = torch.stack([columns_hit.argmax(1), rows_hit.argmax(1)], 1)
-            last = LOW - torch.stack([columns_hit.flip(1).argmax(1), rows_hit.flip(1).argmax(1)], 1)
-            boxes = torch.cat([first, last], 1).float() * (IMAGE_SIZE / LOW)
-            boxes = boxes + torch.randn_like(boxes) * 3
-        for extra in (0, int(rng.integers(1, 5)), int(rng.integers(1, 12))):
-            if extra:
-                more, more_labels = corrections(logits[:, 0].detach(), targets, extra, rng)
-                points, labels = torch.cat([points, more], 1), torch.cat([labels, more_labels], 1)
-                previous = logits[:, :1].detach() if rng.random() < 0.25 else None
-                boxes = boxes if rng.random() < 0.5 else None
-            logits, quality = decode(sam, embeddings, points, labels, boxes, previous)
-            losses = mask_loss(logits, targets)
-            loss = loss + losses[:, 0].mean() + (0 if extra else 0.5 * losses[:, 1:].min(1).values.mean())
-            loss = loss + F.mse_loss(quality, iou(logits.detach(), targets[:, None].expand(logits.shape)))
-        ious.append(iou(logits[:, 0].detach(), targets).mean().item())
+        # ask for targets, click, correct
+        if step > PRETRAINING:
+            targets = np.stack([draw_target(layers[i], things[row], rng)
+                                for _ in range(TARGETS) for i, row in enumerate(rows)])
+            clicks, last = click_loss(sam, embeddings.repeat(TARGETS, 1, 1, 1), torch.from_numpy(targets).to(DEVICE),
+                                      rng)
+            loss = AUXILIARY * loss + clicks
+            ious.append(last)
 
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 25 == 0:
-            print(f"step {step}/{STEPS}  loss {loss.item():.3f}  IoU at the last prompt {np.mean(ious[-50:]):.3f}  "
-                  f"{(time.time() - started) / step:.2f} s a step", flush=True)
-        if step % 1000 == 0 or step == STEPS:
+        if step % 100 == 0:
+            print(f"step {step}/{PRETRAINING + STEPS}  loss {loss.item():.3f}  IoU at the last prompt "
+                  f"{np.mean(ious[-50:]):.3f}  {(time.time() - started) / step:.2f} s a step", flush=True)
+        if step > PRETRAINING and (step - PRETRAINING) % 1000 == 0:
             sam.eval()
             curve = corrective_clicks(sam, images[TRAIN:], maps[TRAIN:], things[TRAIN:], 9).mean(0)
             print("held-out IoU after clicks 1 to 9: " + " ".join(f"{value:.3f}" for value in curve), flush=True)
