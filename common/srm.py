@@ -16,9 +16,9 @@ HEADS = 4  # of the explicit branch's self-attention
 CHANNEL_DROP = 0.4  # share of F's channels hidden from a sample in training: 50 images are soon learnt by heart
 
 
-def conv_block(before: int, after: int) -> nn.Sequential:
+def conv_block(before: int, after: int, kernel: int = 3) -> nn.Sequential:
     """(B, before, h, w) to (B, after, h, w). The norm keeps places visible where M, and so F * M, is small."""
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), ChannelNorm(after), nn.GELU())
+    return nn.Sequential(nn.Conv2d(before, after, kernel, padding=kernel // 2), ChannelNorm(after), nn.GELU())
 
 
 class ImplicitSRM(nn.Module):
@@ -35,11 +35,16 @@ class ImplicitSRM(nn.Module):
 
 
 class ExplicitSRM(nn.Module):
-    """Three convolutions join s_c and s_t, one self-attention layer relates places, two convolutions decode."""
+    """Three convolutions join s_c and s_t, one self-attention layer relates places, two convolutions decode.
+
+    The joining ones are 1 x 1: the paper is silent, and with 3 x 3 fifty samples of several classes are learnt by heart
+    (on training scenes that were not drawn, y_r's IoU fell while it was trained; now it rises).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.join = nn.Sequential(conv_block(2 * channels, WIDTH), conv_block(WIDTH, WIDTH), conv_block(WIDTH, WIDTH))
+        self.join = nn.Sequential(conv_block(2 * channels, WIDTH, 1), conv_block(WIDTH, WIDTH, 1),
+                                  conv_block(WIDTH, WIDTH, 1))
         self.norm = nn.LayerNorm(WIDTH)
         self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
         self.attended = nn.Linear(WIDTH, WIDTH)
