@@ -24,13 +24,23 @@ def test_only_the_explicit_branch_looks_at_the_semantic_state():
     assert not torch.allclose(explicit(s_c, s_t), explicit(other, s_t))
 
 
+def test_the_explicit_branch_joins_both_states_place_by_place():
+    torch.manual_seed(0)
+    states = torch.randn(1, 16, 6, 6)
+    changed = states.clone()
+    changed[..., 2, 3] += 1
+    srm = build_srm("explicit", 8)
+    moved = (srm.join(changed) != srm.join(states)).any(1)[0]
+    assert moved.nonzero().tolist() == [[2, 3]]
+
+
 def test_self_attention_relates_distant_places():
     torch.manual_seed(0)
     s_c, s_t = torch.randn(2, 1, 8, 40, 40)
     changed = s_t.clone()
     changed[..., 0, 0] += 50
     srm = build_srm("explicit", 8)
-    far = (srm(s_c, changed) - srm(s_c, s_t)).abs()[0, 20:, 20:]  # beyond the reach of five 3 x 3 convolutions
+    far = (srm(s_c, changed) - srm(s_c, s_t)).abs()[0, 20:, 20:]  # beyond the reach of two 3 x 3 convolutions
     assert far.max() > 0
 
 
