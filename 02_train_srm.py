@@ -15,7 +15,7 @@ from common.cache import Cache
 from common.episode import Episode, patch_centres, random_pixels
 from common.pictures import plot_curves
 from common.sam import BatchedPrompter, load_decoder
-from common.srm import CHANNEL_DROP, build_srm, sample_at, train_step
+from common.srm import CHANNEL_DROP, JOIN_KERNEL, build_srm, sample_at, train_step
 
 # what is trained
 TASK = "demo_saliency"  # as in stage 1
@@ -107,7 +107,7 @@ def main() -> None:
     path, log, step = run_dir / "srm.pt", [], 0
     chosen = {"task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "steps": STEPS, "srm_batch": SRM_BATCH,
               "learning_rate": LEARNING_RATE, "rounds": ROUNDS, "states": STATES, "channel_drop": CHANNEL_DROP,
-              "every_text": bool(EVERY_TEXT), "residual": float(RESIDUAL),
+              "join_kernel": JOIN_KERNEL, "every_text": bool(EVERY_TEXT), "residual": float(RESIDUAL),
               "features": features.identity()}
     if path.exists():
         saved = checkpoint.load(path, settings.command("02_train_srm.py", globals()), step=int,

@@ -83,7 +83,7 @@ def main() -> None:
               "every_text": every_text, "residual": residual, "srm_steps": SRM_STEPS[branch], "srm_batch": SRM_BATCH,
               "channel_drop": CHANNEL_DROP, "logit_scale": LOGIT_SCALE,
               "stage_2": {name: stage_2["settings"][name] for name in (
-                  "steps", "srm_batch", "learning_rate", "rounds", "states", "channel_drop")},
+                  "steps", "srm_batch", "learning_rate", "rounds", "states", "channel_drop", "join_kernel")},
               "features": features.identity(), "srm": checkpoint.fingerprint(stage_2["srm"])}
     log, first = [], 1
     if path.exists():  # from where a killed run stopped

@@ -234,8 +234,10 @@ def _open(path: Path) -> h5py.File:
             if (file[name].shape, file[name].dtype) != (shape, dtype):
                 raise ValueError(f"/{name} is {file[name].dtype} {file[name].shape} and not {dtype} {shape}")
         filters = file["embeddings"].id.get_create_plist().get_nfilters()
-        _require(file["embeddings"].chunks == (1, *embedding) and not filters,
-                 "/embeddings is not stored one image a chunk, uncompressed")
+        if filters or file["embeddings"].chunks != (1, *embedding):
+            chunk = "x".join(map(str, (1, *embedding)))
+            raise UserError(f"{path}: /embeddings was compressed or chunked anew by another tool: undo it with "
+                            f"h5repack -f NONE -l embeddings:CHUNK={chunk}, or {AGAIN}")
         sizes, shots, split = (file[name][:] for name in ("sizes", "shots", "split"))
         _require((sizes > 0).all() and np.array_equal(file["label_offsets"][:], _label_offsets(sizes)),
                  "/sizes and /label_offsets contradict each other")

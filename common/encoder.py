@@ -16,27 +16,22 @@ from torch.nn import functional as F
 def attend(attention: Attention, x: Tensor) -> Tensor:
     """`Attention.forward`: x (B, H, W, C) to the same shape."""
     batch, height, width, channels = x.shape
-    q, k, v = attention.qkv(x).reshape(batch, height * width, 3, attention.num_heads, -1).permute(2, 3, 0, 1, 4)
-    if not attention.use_rel_pos:
-        heads = F.scaled_dot_product_attention(q, k, v)
-    else:
-        rows = get_rel_pos(height, height, attention.rel_pos_h).to(q.dtype)  # (H, H, d), by query's and key's row
-        columns = get_rel_pos(width, width, attention.rel_pos_w).to(q.dtype)
-        places = q.unflatten(2, (height, width))  # (n, B, H, W, d)
-        row_terms = places @ rows.transpose(1, 2)  # (n, B, H, W, H)
-        column_terms = (places.transpose(2, 3) @ columns.transpose(1, 2)).transpose(2, 3)  # (n, B, H, W, W)
-        heads = torch.stack([
-            F.scaled_dot_product_attention(*head, attn_mask=(row[..., :, None] + column[..., None, :])
-                                           .reshape(batch, height * width, height * width))
-            for *head, row, column in zip(q, k, v, row_terms, column_terms)])
-    return attention.proj(heads.permute(1, 2, 0, 3).reshape(batch, height, width, channels))
+    qkv = attention.qkv(x).reshape(batch, height * width, 3, attention.num_heads, -1).permute(3, 2, 0, 1, 4)
+    q = qkv[:, 0]  # (n, B, HW, d), n heads
+    rows = get_rel_pos(height, height, attention.rel_pos_h).to(q.dtype)  # (H, H, d), by query's and key's row
+    columns = get_rel_pos(width, width, attention.rel_pos_w).to(q.dtype)
+    places = q.unflatten(2, (height, width))  # (n, B, H, W, d)
+    row_terms = places @ rows.transpose(1, 2)  # (n, B, H, W, H)
+    column_terms = (places.transpose(2, 3) @ columns.transpose(1, 2)).transpose(2, 3)  # (n, B, H, W, W)
+    heads = [F.scaled_dot_product_attention(*head[:, :, None], attn_mask=(row[..., :, None] + column[..., None, :])
+                                            .reshape(batch, 1, height * width, height * width))
+             for head, row, column in zip(qkv, row_terms, column_terms)]  # (B, 1, HW, d) each
+    return attention.proj(torch.cat(heads, 1).transpose(1, 2).reshape(batch, height, width, channels))
 
 
 def encode(encoder: ImageEncoderViT, images: Tensor) -> Tensor:
     """`ImageEncoderViT.forward`: preprocessed images (B, 3, s, s) to embeddings (B, C, s / 16, s / 16)."""
-    x = encoder.patch_embed(images)
-    if encoder.pos_embed is not None:
-        x = x + encoder.pos_embed
+    x = encoder.patch_embed(images) + encoder.pos_embed
     for block in encoder.blocks:
         y, whole = block.norm1(x), x.shape[1:3]
         if block.window_size:

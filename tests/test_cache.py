@@ -362,7 +362,7 @@ def test_embeddings_that_another_tool_compressed_are_refused(complete):
         values = file["embeddings"][:]
         del file["embeddings"]
         file.create_dataset("embeddings", data=values, chunks=(1, *values.shape[1:]), compression="gzip")
-    with pytest.raises(UserError, match="features.h5 is damaged .*not stored one image a chunk, uncompressed"):
+    with pytest.raises(UserError, match="compressed or chunked anew .*h5repack -f NONE -l embeddings:CHUNK=1x"):
         Cache.open(complete)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import ndimage
 
 from common.datasets import list_samples, load_image, load_labels
 from common.standin import auxiliary, model, scenes
@@ -47,17 +48,55 @@ def test_the_shape_of_a_thing_is_told_by_its_outline():
     y, x = np.mgrid[-100:100, -100:100] + 0.5
     disc = auxiliary.shape_of(np.hypot(x - 20, y) < 60)
     centre_x, centre_y, area, stretch, kurtosis, hole, fill, three, four, five, six = disc
-    assert (centre_x, centre_y) == pytest.approx((119.5 / 200, 99.5 / 200), abs=1e-3)  # in pixel centres from 0
+    assert (centre_x, centre_y) == pytest.approx((0.6, 0.5), abs=1e-6)
     assert area == pytest.approx(np.log(np.pi * 0.3 ** 2), abs=0.01) and stretch == pytest.approx(0, abs=0.01)
     assert kurtosis == pytest.approx(4 / 3, abs=0.01)  # of a disc: (1/3) / (1/2)^2
     assert (hole, three, four, five, six) == pytest.approx((0, 0, 0, 0, 0), abs=0.01)
-    assert fill == pytest.approx(1 / 0.98 ** 2, abs=0.1)  # its greatest radius is taken at the 98th percentile
+    assert fill == pytest.approx(1 / 0.98, abs=0.01)  # within its greatest radius, the 98th percentile, lie 98 %
     ring = auxiliary.shape_of((np.hypot(x, y) < 60) & (np.hypot(x, y) > 30))
     assert ring[5] == pytest.approx(1 / 3, abs=0.01)  # a hole of 30^2 in 60^2 - 30^2
     square = auxiliary.shape_of((abs(x) < 50) & (abs(y) < 50))
     turned = auxiliary.shape_of((abs(x + y) < 50) & (abs(x - y) < 50))
     assert square[8] > 0.1 > max(square[[7, 9, 10]])
     assert turned[3:] == pytest.approx(square[3:], abs=0.03)
+
+
+def test_sharpness_falls_where_the_image_is_blurred():
+    stripes = np.zeros((96, 96, 3), np.float32)
+    stripes[:, np.arange(96) // 24 % 2 == 1] = 200
+    blurred = ndimage.gaussian_filter(stripes, (0, 3, 0))
+    sharp, soft = auxiliary.statistics(torch.from_numpy(np.stack([stripes, blurred])).permute(0, 3, 1, 2))
+    inside = (slice(3, -3),) * 2
+    assert sharp.shape == (auxiliary.STATISTICS, 96 // model.STRIDE, 96 // model.STRIDE)
+    assert (sharp[14] > soft[14] + 0.3)[inside].all()  # the sharpest edge in proportion to the range
+    assert torch.allclose(sharp[:3].mean((1, 2)), torch.full((3,), 100 / 64 - 2), atol=0.01)  # mean colours
+
+
+def test_the_auxiliary_loss_is_least_for_the_true_centre_and_outline():
+    side, grid = 96, 96 // model.STRIDE
+    instances = np.zeros((1, side, side), np.uint8)
+    instances[0, 16:40, 8:80] = 1
+    shapes = torch.from_numpy(np.stack([np.full(auxiliary.SHAPE, np.nan, np.float32),
+                                        auxiliary.shape_of(instances[0] == 1)]))[None]
+    half = model.STRIDE // 2
+    cells = torch.from_numpy(instances[:, half::model.STRIDE, half::model.STRIDE]).long()
+    picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 255
+    truth = torch.zeros(1, auxiliary.CHANNELS, grid, grid)
+    truth[:, -auxiliary.SHAPE:] = shapes[0, 1, :, None, None]
+    centres = (torch.arange(grid) + 0.5) / grid
+    truth[:, -auxiliary.SHAPE] = auxiliary.CENTRE * (44 / side - centres[None, :])  # to the right
+    truth[:, 1 - auxiliary.SHAPE] = auxiliary.CENTRE * (28 / side - centres[:, None])  # down
+
+    def loss(answers):
+        return auxiliary.loss(answers, picture, cells, cells, shapes).item()
+
+    least = loss(truth)
+    crossed, off_the_thing, on_the_thing = truth.clone(), truth.clone(), truth.clone()
+    crossed[:, [-auxiliary.SHAPE, 1 - auxiliary.SHAPE]] = truth[:, [1 - auxiliary.SHAPE, -auxiliary.SHAPE]]
+    off_the_thing[:, -auxiliary.SHAPE:, -1] += 5  # no thing there: nothing is asked
+    on_the_thing[:, -auxiliary.SHAPE + 2, grid // 4] += 5
+    assert loss(crossed) > least + 1 and loss(on_the_thing) > least + 0.1
+    assert loss(off_the_thing) == least
 
 
 def test_only_things_that_can_be_seen_have_a_shape():

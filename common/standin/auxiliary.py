@@ -20,6 +20,8 @@ from common.standin.scenes import SURFACES
 
 SHAPE = 11  # numbers that `shape_of` gives
 STATISTICS = 15  # numbers that `statistics` gives
+CENTRE = 12  # an offset to the centre, in shares of the image, times this varies about as the other numbers do
+OUTLINE = 2  # weight of the outline beside the other three losses
 CHANNELS = len(SURFACES) + STATISTICS + 1 + SHAPE  # of the linear head
 
 
@@ -44,7 +46,7 @@ def shape_of(mask: np.ndarray) -> np.ndarray:
     box = mask[y.min():y.max() + 1, x.min():x.max() + 1]
     hole = ndimage.binary_fill_holes(box).sum() / len(x) - 1
     fill = len(x) / (np.pi * np.quantile(rho, 0.98) ** 2 * np.sqrt(values.prod()))
-    return np.array([cx / side, cy / side, np.log(len(x) / side ** 2), np.log(values[1] / values[0]),
+    return np.array([(cx + 0.5) / side, (cy + 0.5) / side, np.log(len(x) / side ** 2), np.log(values[1] / values[0]),
                      (rho ** 4).mean() / squares ** 2, hole, fill, *folds], np.float32)
 
 
@@ -83,8 +85,7 @@ def statistics(images: Tensor) -> Tensor:
     calm = smooth[1]
     edge = (F.max_pool2d((calm[..., 1:] - calm[..., :-1]).abs(), **window, ceil_mode=True),
             F.max_pool2d((calm[..., 1:, :] - calm[..., :-1, :]).abs(), **window, ceil_mode=True))
-    size = mean.shape[2:]
-    edge = torch.maximum(edge[0][..., :size[0], :size[1]], edge[1][..., :size[0], :size[1]])
+    edge = torch.maximum(*edge)
     span = F.max_pool2d(calm, **window) + F.max_pool2d(-calm, **window)
     edge, span = (edge + 0.01).log(), (span + 0.03).log()
     return torch.cat([mean, mean - mean.mean((2, 3), keepdim=True), (energy + 0.01).log(), (around + 0.01).log(),
@@ -100,9 +101,9 @@ def loss(answers: Tensor, images: Tensor, instances: Tensor, surfaces: Tensor, s
     paint, numbers, thing, outline = answers.split((len(SURFACES), STATISTICS, 1, SHAPE), 1)
     of_cell = shapes[torch.arange(len(shapes), device=shapes.device)[:, None, None], instances].permute(0, 3, 1, 2)
     cells = (torch.arange(instances.shape[1], device=shapes.device) + 0.5) / instances.shape[1]
-    offset = 12 * torch.stack([of_cell[:, 0] - cells[None, None], of_cell[:, 1] - cells[None, :, None]], 1)
+    offset = CENTRE * torch.stack([of_cell[:, 0] - cells[None, None], of_cell[:, 1] - cells[None, :, None]], 1)
     truth = torch.cat([offset, of_cell[:, 2:]], 1)
     known = ~truth[:, :1].isnan()
     return (F.cross_entropy(paint, surfaces) + F.mse_loss(numbers, statistics(images))
             + F.binary_cross_entropy_with_logits(thing[:, 0], (instances > 0).float())
-            + 2 * ((outline - truth.nan_to_num()) ** 2 * known).sum() / (SHAPE * known.sum()).clamp(min=1))
+            + OUTLINE * ((outline - truth.nan_to_num()) ** 2 * known).sum() / (SHAPE * known.sum()).clamp(min=1))

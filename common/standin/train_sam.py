@@ -207,7 +207,7 @@ def main() -> None:
     sam.image_encoder.to(memory_format=torch.channels_last)
     head = nn.Conv2d(WIDTH, auxiliary.CHANNELS, 1).to(DEVICE)
     parameters = [*sam.parameters(), *head.parameters()]
-    started, ious = time.time(), [0.0]
+    started, ious = time.time(), []
 
     for step in range(1, PRETRAINING + STEPS + 1):
         if step in (1, PRETRAINING + 1):  # the encoder alone, then all of it
@@ -247,9 +247,10 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            print(f"step {step}/{PRETRAINING + STEPS}  loss {loss.item():.3f}  IoU at the last prompt "
-                  f"{np.mean(ious[-50:]):.3f}  {(time.time() - started) / step:.2f} s a step", flush=True)
-        if step > PRETRAINING and (step - PRETRAINING) % 1000 == 0:
+            reached = f"  IoU at the last prompt {np.mean(ious[-50:]):.3f}" if ious else ""
+            print(f"step {step}/{PRETRAINING + STEPS}  loss {loss.item():.3f}{reached}  "
+                  f"{(time.time() - started) / step:.2f} s a step", flush=True)
+        if step > PRETRAINING and ((step - PRETRAINING) % 1000 == 0 or step == PRETRAINING + STEPS):
             sam.eval()
             curve = corrective_clicks(sam, images[TRAIN:], maps[TRAIN:], things[TRAIN:], 9).mean(0)
             print("held-out IoU after clicks 1 to 9: " + " ".join(f"{value:.3f}" for value in curve), flush=True)
