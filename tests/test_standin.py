@@ -145,15 +145,15 @@ def test_the_weights_are_small_float16_and_complete():
 
 @pytest.fixture(scope="module")
 def curve() -> np.ndarray:
-    """Mean IoU of the SAM stand-in after 1 to 8 corrective clicks, on 32 scenes that it never saw."""
-    images, maps, things = zip(*(draw_small(TRAIN + HELD_OUT + index) for index in range(32)))
+    """Mean IoU of the SAM stand-in after 1 to 8 corrective clicks, on the scenes held out from its training."""
+    images, maps, things = zip(*(draw_small(TRAIN + index) for index in range(HELD_OUT)))
     return corrective_clicks(model.build_sam(), np.stack(images), np.stack(maps), list(things), 8).mean(0).numpy()
 
 
-def test_the_sam_stand_in_follows_corrective_clicks_on_scenes_it_never_saw(curve):
-    assert curve[2] >= 0.7 and curve[7] > curve[2] > curve[0] > 0.3, curve
+def test_the_sam_stand_in_reaches_its_mark_after_3_clicks(curve):
+    assert curve[2] >= 0.75 and curve[7] > curve[2] > curve[0] > 0.3, curve
 
 
-@pytest.mark.xfail(strict=True, reason="the stand-in falls short of its mark: 0.787 on 400 held-out scenes")
+@pytest.mark.xfail(strict=True, reason="the stand-in falls short of its mark: 0.787")
 def test_the_sam_stand_in_reaches_its_mark_after_8_clicks(curve):
     assert curve[7] >= 0.85, curve
