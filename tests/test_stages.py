@@ -213,3 +213,16 @@ def test_an_unfinished_stage_is_not_taken_for_a_finished_one(workplace):
     torch.save(content | {"finished": False}, folder / "srm.pt")
     done = run(workplace, "03_train_agent.py", "RUN_DIR=unfinished", "FEATURES=runs/folder/features.h5")
     assert done.returncode == 1 and "unfinished run: run 02_train_srm.py" in done.stderr
+
+
+def test_an_srm_trained_again_makes_the_agent_that_grew_from_the_former_one_void(workplace):
+    folder = workplace / "again"
+    folder.mkdir()
+    (folder / "agent.pt").write_bytes((workplace / "runs/folder/agent.pt").read_bytes())
+    content = torch.load(workplace / "runs/folder/srm.pt", weights_only=True)
+    name = next(iter(content["srm"]))
+    content["srm"][name] = content["srm"][name] + 1
+    checkpoint.save(folder / "srm.pt", content)
+    done = run(workplace, "04_evaluate.py", "RUN_DIR=again", "FEATURES=runs/folder/features.h5")
+    assert done.returncode == 1 and "agent.pt was made from another srm file" in done.stderr, done.stderr
+    assert not (folder / "results.json").exists()
