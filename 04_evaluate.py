@@ -159,8 +159,13 @@ def main() -> None:
         prompt("AlignSAM", episode, actor, srm, range(len(maps)), [], torch.empty(0))
         return episode
 
+    # what a stopped call has finished is kept; another agent, cache or constant makes it void
+    chosen = trained["settings"] | {
+        "actor": checkpoint.fingerprint(trained["actor"]), "trained_srm": checkpoint.fingerprint(trained["srm"]),
+        "evaluation_rounds": ROUNDS, "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS}
     if IMAGES:
-        own_images.segment(IMAGES, run_dir / "masks", features.attrs, features.texts, CLASSES, align, srm, device)
+        own_images.segment(IMAGES, run_dir / "masks", features.attrs, features.texts, CLASSES, align, srm, device,
+                           chosen)
         return
 
     samples = features.samples("test")
@@ -231,12 +236,9 @@ def main() -> None:
                                            labels, frame)
         return kept
 
-    # rows that a killed run finished; another agent, cache or constant makes them void
+    # rows that a killed run finished
     part = run_dir / f"{RESULTS}.part"
-    chosen = trained["settings"] | {
-        "actor": checkpoint.fingerprint(trained["actor"]), "trained_srm": checkpoint.fingerprint(trained["srm"]),
-        "evaluation_rounds": ROUNDS, "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS,
-        "batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY}
+    chosen |= {"batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY}
     finished = {}
     if part.exists():
         saved = checkpoint.load(part, settings.command("04_evaluate.py", globals()), rows=dict)

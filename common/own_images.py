@@ -95,8 +95,32 @@ def write_lines(path: Path, lines: dict[str, dict]) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def stamp(path: Path) -> list[int]:
+    """Size and time of the last change, to tell whether a file is still the one that was read."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def read_part(path: Path, made_with: str) -> dict[str, dict]:
+    """{image's name: its stamp and lines} of what a stopped call had done, where it was the same call (`made_with`) and
+    the masks are still there; empty for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {image: {"stamp": entry["stamp"], "lines": entry["lines"]} for image, entry in content["images"].items()
+                if content["made_with"] == made_with
+                and all((path.parent / line["mask"]).exists() for line in entry["lines"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_part(path: Path, made_with: str, images: dict[str, dict]) -> None:
+    """What `read_part` reads."""
+    text = json.dumps({"made_with": made_with, "images": images})
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], classes: tuple[str, ...], align: Align,
-            srm: nn.Module, device: torch.device) -> None:
+            srm: nn.Module, device: torch.device, run: dict) -> None:
     """Segments every image of a folder and writes below `out`, for an image photo.jpg:
 
     photo.png (binary mask, 0 or 255, the image's own size), overlays/photo.png (with its points), and a line of
@@ -104,13 +128,16 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
     0 = nothing, k = the k-th text, where masks overlap the one of the highest SRM probability.
 
     masks.jsonl is replaced as a whole when this ends, also by Ctrl-C or an error; lines of masks that earlier calls
-    made stay. After a kill it is the earlier one, and the same call, which computes every image again, completes it.
+    made stay. masks.json.part keeps what is done image by image, so that the same call goes on after a kill, and does
+    only the broken files once they are mended; it goes when all images are done.
 
     attributes: of the run's cache, from which SAM and CLIP are loaded. align: AlignSAM on embeddings (B, C, h, w) and
-    maps (B, h, w). Raises UserError where a model is not the cache's, where two images' files would have one name,
-    where an image's features are not finite or do not fit into memory, and at the end where files could not be read.
+    maps (B, h, w). run: what tells this run from others, for JSON. Raises UserError where a model is not the cache's,
+    where two images' files would have one name, where an image's features are not finite or do not fit into memory, and
+    at the end where files could not be read.
     """
-    paths, chosen = find_images(Path(images).expanduser()), choose_texts(texts, classes)
+    folder = Path(images).expanduser()
+    paths, chosen = find_images(folder), choose_texts(texts, classes)
     names = name_files(paths, [*(texts[text] for text in chosen), "classes"] if len(texts) > 1 else [])
     lines = read_lines(out / "masks.jsonl")
     sam = load_sam(attributes["sam"], device)
@@ -133,9 +160,19 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
         episode = align(embedding.expand(len(chosen), -1, -1, -1), maps[0, chosen])
         return episode, np.stack([full_masks(logits, image.shape[:2]).cpu().numpy() for logits in episode.logits])
 
-    broken = []
+    # what a stopped call has done, of images that are still the same
+    part = out / "masks.json.part"
+    made_with = json.dumps({"folder": str(folder.resolve()), "classes": chosen, **run})
+    stamps = {path.name: stamp(path) for path in paths}
+    done = {name: entry for name, entry in read_part(part, made_with).items() if entry["stamp"] == stamps.get(name)}
+    lines |= {line["mask"]: line for entry in done.values() for line in entry["lines"]}
+
+    if not done:
+        part.unlink(missing_ok=True)  # another call's, whose masks this one may replace
+
+    broken, left = [], [path for path in paths if path.name not in done]
     try:
-        for path in tqdm(paths, "segmenting"):
+        for path in tqdm(left, "segmenting", initial=len(done), total=len(paths)):
             try:
                 image = load_image(path)
             except UserError as error:
@@ -145,7 +182,7 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
             mend = f"set DEVICE=cpu, or make {path} smaller"
             [(_, (episode, masks))] = in_batches([(path, image)], 1, compute, mend)
 
-            scale = np.array(image.shape[1::-1]) / frame
+            scale, own = np.array(image.shape[1::-1]) / frame, {}
             for name, mask, text, points, labels, quality in zip(
                     names[path], masks, chosen, episode.points.cpu().numpy(), episode.labels.tolist(),
                     episode.predicted_iou.tolist()):
@@ -153,17 +190,21 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
                 picture = overlay(image, mask, image.shape[1::-1])
                 draw_points(picture, points, labels, frame)
                 save(out / "overlays" / f"{name}.png", picture)
-                lines[f"{name}.png"] = {
+                own[f"{name}.png"] = {
                     "image": path.name, "text": texts[text], "mask": f"{name}.png", "labels": labels,
                     "points": (points * scale).round(1).tolist(), "predicted_iou": round(quality, 4)}
             if len(texts) > 1:
                 save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), chosen))
+            lines |= own
+            done[path.name] = {"stamp": stamps[path.name], "lines": list(own.values())}
+            write_part(part, made_with, done)
     finally:
         write_lines(out / "masks.jsonl", lines)
     print(f"wrote masks of {len(paths) - len(broken)} images to {out}")
     if broken:
         raise UserError(f"{len(broken)} of {len(paths)} files could not be read ({', '.join(broken[:5])}"
                         f"{', ...' if len(broken) > 5 else ''}): mend or remove them; the other images are done")
+    part.unlink(missing_ok=True)
 
 
 def indexed(masks: np.ndarray, y_r: torch.Tensor, texts: list[int]) -> Image.Image:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import fcntl
 import importlib
+import json
 import mmap
 import os
 import random
@@ -32,17 +33,19 @@ from tests.conftest import ROOT, STAGES, arrays, draw_data
 from tests.test_stages import same_weights
 
 # what a stage is killed in, and the function that does one unit of work: an entry, a step, an episode, or that keeps a
-# row. Images of one's own have none: nothing of a folder is kept until its end, so how much a kill cost is not asked.
+# row or an image
 KINDS = {
     "stage 1": ("01_cache_features.py", [], ("common.cache", "CacheWriter.write")),
     "stage 2": ("02_train_srm.py", [], ("common.srm", "train_step")),
     "stage 3": ("03_train_agent.py", [], ("common.agent", "ppo_update")),
     "stage 4": ("04_evaluate.py", [], ("common.checkpoint", "save")),
-    "own images": ("04_evaluate.py", ["IMAGES=data/test/images"], None),
+    "own images": ("04_evaluate.py", ["IMAGES=data/test/images"], ("common.own_images", "write_part")),
 }
-MAY_LOSE = {"stage 1": 0, "stage 2": 2, "stage 3": 1, "stage 4": 0}  # finished units; stage 2 has SAVE_EVERY=2
-TOTAL = {"stage 1": 14, "stage 2": 20, "stage 3": 4, "stage 4": 4}
-KEPT_IN = {"stage 1": "features.h5", "stage 2": "srm.pt", "stage 3": "agent.pt", "stage 4": "results.json.part"}
+MAY_LOSE = {"stage 1": 0, "stage 2": 2, "stage 3": 1, "stage 4": 0, "own images": 0}  # finished units; stage 2 has SAVE_EVERY=2
+TOTAL = {"stage 1": 14, "stage 2": 20, "stage 3": 4, "stage 4": 4, "own images": 6}
+KEPT_IN = {"stage 1": "features.h5", "stage 2": "srm.pt", "stage 3": "agent.pt", "stage 4": "results.json.part",
+           "own images": "masks/masks.json.part"}
+LEFT_BY = {"stage 4": "results.json", "own images": "masks/masks.jsonl"}  # in whose end what they kept goes
 TIMED = ("agent_log.csv", "agent_curves.png")  # they show how long an episode took
 PATIENCE = 300  # seconds after which a stage counts as hung
 SET_PIPE_SIZE = 1031  # fcntl's F_SETPIPE_SZ, which Python names from 3.10 on Linux only
@@ -148,9 +151,11 @@ def _count_calls(module: str, name: str, counter: mmap.mmap) -> None:
 
 
 def saved_units(kind: str, run_dir: Path) -> int:
-    """The work that a stage's file holds, such that a restart does not do it again; 0 for a stage without units."""
-    if kind not in KEPT_IN or not (path := run_dir / KEPT_IN[kind]).exists():
+    """The work that a stage's file holds, such that a restart does not do it again."""
+    if not (path := run_dir / KEPT_IN[kind]).exists():
         return 0
+    if kind == "own images":
+        return len(json.loads(path.read_text())["images"])
     if kind == "stage 1":
         with h5py.File(path) as file:
             return int(file["done"][:].sum())
@@ -226,9 +231,8 @@ class Workshop:
         said = stage.said()
         found.check(ended and stage.code == 0, case, f"{kind} does not go on: {said[-300:] if ended else 'it hangs'}")
         if ended and stage.code == 0:
-            if kind in TOTAL:  # else there are no units, and none that could be done again
-                again = saved + stage.units - TOTAL[kind]
-                found.check(again == 0, case, f"{kind} did {again} units of work again")
+            again = saved + stage.units - TOTAL[kind]
+            found.check(again == 0, case, f"{kind} did {again} units of work again")
             found.check(not (differ := differences(run_dir, self.after[kind])), case, f"{kind}: {differ} differ")
 
 
@@ -255,12 +259,11 @@ def kills(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int, onl
                 os.close(stage.stderr)
                 found.count(f"SIGKILL in {kind}")
                 kept = saved_units(kind, run_dir)
-                if kind == "stage 4" and not kept and (run_dir / "results.json").exists():
-                    break  # it had ended, and has no use for kept rows any more
-                if kind in MAY_LOSE:  # else there are no units that it could lose
-                    lost = saved + stage.units - kept
-                    found.check(kept >= saved, case, f"{kind}: {saved - kept} units that were saved are gone")
-                    found.check(lost <= MAY_LOSE[kind], case, f"{kind}: the kill cost {lost} finished units")
+                if kind in LEFT_BY and not kept and (run_dir / LEFT_BY[kind]).exists():
+                    break  # it had ended, and has no use for what it kept any more
+                lost = saved + stage.units - kept
+                found.check(kept >= saved, case, f"{kind}: {saved - kept} units that were saved are gone")
+                found.check(lost <= MAY_LOSE[kind], case, f"{kind}: the kill cost {lost} finished units")
                 workshop.check_earlier_files(found, case, kind, run_dir)
             workshop.finish(found, case, kind, run_dir)
         if only:
@@ -311,10 +314,9 @@ def full_disks(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int
             found.count(f"no file may grow beyond a size in {kind}")
             if stage.code:
                 refused(found, case, kind, stage, run_dir.name)
+                found.check(saved_units(kind, run_dir) >= saved, case, f"{kind}: saved work is gone")
             else:
                 os.close(stage.stderr)
-            if kind in KEPT_IN:
-                found.check(saved_units(kind, run_dir) >= saved, case, f"{kind}: saved work is gone")
             workshop.check_earlier_files(found, case, kind, run_dir)
             workshop.finish(found, case, kind, run_dir)
     return found

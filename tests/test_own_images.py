@@ -174,7 +174,7 @@ def told(out: Path) -> list[tuple[str, str]]:
 
 def test_the_mask_is_the_logits_at_the_images_size_and_no_overlay_takes_its_place(tmp_path, attributes):
     mine, out = photos(tmp_path / "mine", "photo.png", "photo-overlay.png"), tmp_path / "masks"
-    segment(mine, out, attributes, ("dog",), ("all",), left_half, None, CPU)
+    segment(mine, out, attributes, ("dog",), ("all",), left_half, None, CPU, {})
     for name in ("photo.png", "photo-overlay.png"):
         mask, drawn = (np.asarray(Image.open(folder / name)) for folder in (out, out / "overlays"))
         assert mask.dtype == np.uint8 and mask.tolist() == [[255] * 45 + [0] * 45] * 60
@@ -193,14 +193,45 @@ def test_the_lines_of_another_folder_stay_and_an_interrupted_one_keeps_what_is_d
         seen.append(embeddings)
         return left_half(embeddings, maps)
 
-    segment(photos(tmp_path / "one", "a.png"), out, attributes, ("dog",), ("all",), left_half, None, CPU)
+    segment(photos(tmp_path / "one", "a.png"), out, attributes, ("dog",), ("all",), left_half, None, CPU, {})
     second = photos(tmp_path / "two", "b.png", "c.png")
     with pytest.raises(KeyboardInterrupt):
-        segment(second, out, attributes, ("dog",), ("all",), stopped, None, CPU)
+        segment(second, out, attributes, ("dog",), ("all",), stopped, None, CPU, {})
     assert told(out) == [("a.png", "a.png"), ("b.png", "b.png")]
     (out / "a.png").unlink()
-    segment(second, out, attributes, ("dog",), ("all",), left_half, None, CPU)
+    segment(second, out, attributes, ("dog",), ("all",), left_half, None, CPU, {})
     assert told(out) == [("b.png", "b.png"), ("c.png", "c.png")]  # a line is there as long as its mask
+
+
+def test_a_stopped_call_goes_on_unless_the_run_the_image_or_the_mask_is_another(tmp_path, attributes):
+    out, computed = tmp_path / "masks", []
+    mine = photos(tmp_path / "mine", "a.png", "b.png", "c.png")
+    (tmp_path / "mine/d.png").write_bytes(b"no picture")
+
+    def count(embeddings, maps):
+        computed.append(maps)
+        return left_half(embeddings, maps)
+
+    def images_computed(run: dict) -> int:
+        computed.clear()
+        with pytest.raises(UserError, match="1 of 4 files could not be read .d.png."):
+            segment(mine, out, attributes, ("dog",), ("all",), count, None, CPU, run)
+        assert [image for image, _ in told(out)] == ["a.png", "b.png", "c.png"]
+        return len(computed)
+
+    assert images_computed({"seed": 0}) == 3
+    lines = (out / "masks.jsonl").read_text()
+    (out / "masks.jsonl").unlink()  # a kill comes before it is written
+    assert images_computed({"seed": 0}) == 0 and (out / "masks.jsonl").read_text() == lines
+    Image.fromarray(np.full((61, 90, 3), 90, np.uint8)).save(Path(mine) / "b.png")
+    (out / "c.png").unlink()
+    assert images_computed({"seed": 0}) == 2 and Image.open(out / "b.png").size == (90, 61)
+    assert images_computed({"seed": 1}) == 3
+    (out / "masks.json.part").write_text("damaged")
+    assert images_computed({"seed": 1}) == 3
+    (tmp_path / "mine/d.png").unlink()
+    segment(mine, out, attributes, ("dog",), ("all",), count, None, CPU, {"seed": 1})
+    assert not (out / "masks.json.part").exists()
 
 
 def test_a_masks_jsonl_of_something_else_is_not_replaced(tmp_path, attributes):
@@ -209,7 +240,7 @@ def test_a_masks_jsonl_of_something_else_is_not_replaced(tmp_path, attributes):
     for content in ("not JSON\n", "[3]\n"):
         (out / "masks.jsonl").write_text(content)
         with pytest.raises(UserError, match="masks.jsonl is not what was written: move it away"):
-            segment(photos(tmp_path / "mine", "a.png"), out, attributes, ("dog",), ("all",), left_half, None, CPU)
+            segment(photos(tmp_path / "mine", "a.png"), out, attributes, ("dog",), ("all",), left_half, None, CPU, {})
         assert (out / "masks.jsonl").read_text() == content
 
 
@@ -218,7 +249,7 @@ def test_features_that_are_not_finite_stop_with_the_images_name(tmp_path, attrib
     monkeypatch.setattr(SamEmbedder, "embed", lambda self, images: embed(self, images) * float("nan"))
     with pytest.raises(UserError, match="SAM's embedding of .*photo.png holds NaN or infinite values"):
         segment(photos(tmp_path / "mine", "photo.png"), tmp_path / "masks", attributes, ("dog",), ("all",), left_half,
-                None, CPU)
+                None, CPU, {})
     assert not (tmp_path / "masks/photo.png").exists()
 
 
@@ -228,7 +259,7 @@ def test_an_image_without_room_in_memory_is_named(tmp_path, attributes):
 
     with pytest.raises(UserError, match="out of memory .*set DEVICE=cpu, or make .*photo.png smaller"):
         segment(photos(tmp_path / "mine", "photo.png"), tmp_path / "masks", attributes, ("dog",), ("all",), too_large,
-                None, CPU)
+                None, CPU, {})
 
 
 def test_images_whose_files_would_have_one_name_are_refused():
