@@ -90,7 +90,8 @@ def main() -> None:
 
     layout = cache.Layout(
         names=[sample.name for sample in images], splits=[sample.split for sample in images],
-        sizes=[image_size(sample.image) for sample in images],
+        sizes=[image_size(sample.image)
+               for sample in tqdm(images, "reading sizes", leave=False, disable=distributed.RANK > 0)],
         shots=[(row_of[sample], text) for sample, text in drawn], texts=task.texts,
         embedding=(sam.prompt_encoder.embed_dim, *grid), frame=IMAGE_SIZE, patch=PATCH_SIZE)
     provenance = {
@@ -140,7 +141,7 @@ def main() -> None:
         bar.update(len(images) - bar.n)
 
     print(f"{len(images)} images ({len(drawn)} training samples), {path.stat().st_size / 1e6:.0f} MB")
-    settings.goodbye([path], "02_train_srm.py", globals())
+    settings.goodbye([path], settings.command("02_train_srm.py", globals()))
 
 
 if __name__ == "__main__":

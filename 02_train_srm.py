@@ -153,7 +153,8 @@ def main() -> None:
         print(f"held-out candidate points labelled right, {name}: foreground {foreground:.3f}, "
               f"background {background:.3f} ({len(held_out)} test samples)")
 
-    settings.goodbye([path, run_dir / "srm_log.csv", run_dir / "srm_curves.png"], "03_train_agent.py", globals())
+    settings.goodbye([path, run_dir / "srm_log.csv", run_dir / "srm_curves.png"],
+                     settings.command("03_train_agent.py", globals(), ("SHOTS", "SEED")))
 
 
 if __name__ == "__main__":

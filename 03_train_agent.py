@@ -61,7 +61,7 @@ def main() -> None:
 
     # stage 2's SRM goes on learning here; srm.pt itself stays as it is
     srm_path, path = run_dir / "srm.pt", run_dir / "agent.pt"
-    stage_2_command = settings.command("02_train_srm.py", globals())
+    stage_2_command = settings.command("02_train_srm.py", globals(), ("SHOTS", "SEED"))
     stage_2 = checkpoint.load(srm_path, stage_2_command, **checkpoint.TRAINING)
     checkpoint.require_finished(srm_path, stage_2, stage_2_command)
     checkpoint.require_same(srm_path, stage_2["settings"],
@@ -160,7 +160,8 @@ def main() -> None:
     plot_curves(log, run_dir / "agent_curves.png", f"{TASK}, stage 3: agent and SRM ({branch} branch), seed {SEED}")
     print(f"last episode: foreground rate {log[-1]['foreground_rate']:.3f} (first {log[0]['foreground_rate']:.3f}), "
           f"IoU on the training samples, on the embedding grid, {log[-1]['training_iou']:.3f}")
-    settings.goodbye([path, run_dir / "agent_log.csv", run_dir / "agent_curves.png"], "04_evaluate.py", globals())
+    settings.goodbye([path, run_dir / "agent_log.csv", run_dir / "agent_curves.png"],
+                     settings.command("04_evaluate.py", globals()))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from common.batches import in_batches
 from common.cache import Cache
 from common.episode import Episode, patch_centres
 from common.metrics import average, average_iou, evaluate_mask, overlap
-from common.paper import paper_row, results_table
+from common.paper import paper_row, results_table, stand_ins
 from common.persam import PerSAM
 from common.pictures import save_strips, strip
 from common.report import gallery_item, write_report
@@ -53,7 +53,7 @@ DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 # where it goes
 RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
-RESULTS = "results.json"  # its name in the run folder
+RESULTS = "results.json"  # in the run folder; with T20.json the pictures are called T20-strips.png and so on
 
 _ROWS = {  # where the next point goes, what labels it, how many rounds
     "AlignSAM": ("agent", "SRM", "all"),
@@ -275,23 +275,24 @@ def main() -> None:
     # Table 9's bound: small targets have few centres that could be chosen
     attainable = ((truth_centres == 1).sum(1).clamp(max=ROUNDS) / ROUNDS).mean().item()
     task = get_task(TASK, "-")
-    task_paper = task.paper if features.texts == task.texts else None  # PROMPT asks something that the paper did not
-    real = features.attrs["sam"] != "demo" and features.attrs["clip"] != "demo"
+    real = not stand_ins(features.attrs["sam"], features.attrs["clip"])
+    same = real and features.texts == task.texts  # else PROMPT asks something that the paper did not
+    paper = paper_row(task.paper) if task.paper and same else None
     print(f"\n{TASK}, {len(samples)} test samples, SAM {features.attrs['sam']}, CLIP {features.attrs['clip']}"
           + ("" if real else " (stand-ins: small models trained on drawn scenes; no figure compares with the paper's)"))
     table = {name: {key: value for key, value in row.items() if key != "per_class"} for name, row in results.items()}
-    print(results_table(table, paper_row(task_paper) if task_paper and real else None))
+    print(results_table(table, paper))
     print(f"FR attainable: {100 * attainable:.2f} (no choice of {ROUNDS} different patches does better)")
     if ROUNDS != trained["settings"]["rounds"]:
         print(f"evaluated with ROUNDS={ROUNDS}, trained with ROUNDS={trained['settings']['rounds']}")
     if classes:
         per_class = {name: {label: scores["mIoU"] for label, scores in row["per_class"].items()}
                      for name, row in results.items()}
-        print("\nIoU per class\n\n" + results_table(per_class, paper_row(task_paper) if task_paper and real else None))
+        print("\nIoU per class\n\n" + results_table(per_class, paper))
 
     content = {
         "task": TASK, "sam": features.attrs["sam"], "clip": features.attrs["clip"], "seed": trained["settings"]["seed"],
-        "images": len(samples), "units": "all metrics are fractions between 0 and 1",
+        "images": len(np.unique(samples[:, 0])), "samples": len(samples), "units": "all metrics are fractions between 0 and 1",
         "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "rounds": ROUNDS,
         "branch": trained["settings"]["branch"], "trained": trained["settings"],
         "foreground_rate_attainable": attainable,
@@ -299,24 +300,24 @@ def main() -> None:
         **{name: {row: finished[row][name] for row in rows} for name in (
             "iou_per_round", *(["iou_per_round_per_class"] if classes else []))}}
     settings.write_atomic(run_dir / RESULTS, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
-    written = [run_dir / RESULTS]
+    written, prefix = [run_dir / RESULTS], "" if RESULTS == "results.json" else f"{RESULTS.removesuffix('.json')}-"
     pictures = {row: finished[row]["pictures"] for row in rows}
     prompted = pictures.get("AlignSAM", {}).values()
     sequences = [Image.fromarray(kept["strip"].numpy()) for kept in prompted if "strip" in kept]
     if sequences:  # the paper's Figure 5: points and mask growing
-        save_strips(sequences, run_dir / "strips.png")
-        written.append(run_dir / "strips.png")
+        written.append(run_dir / f"{prefix}strips.png")
+        save_strips(sequences, written[-1])
     if drawn:  # its Figure 4: the rows side by side
+        written.append(run_dir / f"{prefix}comparison.png")
         save_strips([strip(features.name(samples[number]), features.texts[samples[number][1]],
                            features.picture(samples[number]), features.labels(samples[number]),
                            {row: pictures[row][number]["mask"].numpy() for row in rows}, {}, frame)
-                     for number in sorted(drawn)], run_dir / "comparison.png")
-        written.append(run_dir / "comparison.png")
+                     for number in sorted(drawn)], written[-1])
     gallery = [kept["gallery"] for kept in prompted if "gallery" in kept]
     if gallery:
         srm_log = checkpoint.read_log(run_dir / "srm_log.csv")
-        write_report(run_dir / "report.html", content, srm_log, trained["log"], gallery)
-        written.append(run_dir / "report.html")
+        written.append(run_dir / f"{prefix}report.html")
+        write_report(written[-1], content, srm_log, trained["log"], gallery, paper)
     part.unlink(missing_ok=True)
     print("wrote " + ", ".join(map(str, written)))
 

@@ -14,7 +14,9 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
+from common import distributed
 from common.errors import UserError
 from common.settings import require_intact
 
@@ -137,7 +139,8 @@ def encode_texts(model: open_clip.CLIP, tokenizer, texts: Sequence[str]) -> torc
     """One L2-normalised feature per text, the mean of its 85 normalised prompts: (K, D) float32."""
     device = model.visual.conv1.weight.device
     features = []
-    for text in texts:
+    for text in tqdm(texts, "encoding texts", leave=False, 
+                     disable=len(texts) < 2 or distributed.RANK > 0):
         prompts = tokenizer([template(text) for template in TEMPLATES]).to(device)
         features.append(F.normalize(model.encode_text(prompts), dim=-1).mean(dim=0))
     return F.normalize(torch.stack(features), dim=-1)

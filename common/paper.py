@@ -8,12 +8,19 @@ CLASSES = list(TABLES["table5_iterations_voc_iou"]["rows"])  # the four of VOC t
 OUR_NAMES = {"F_beta": "F", "E_phi": "E"}  # the paper's names where they differ from ours
 
 
+def stand_ins(sam: str, clip: str) -> str:
+    """Which of the two models are the repository's own small ones, " (stand-ins: SAM, CLIP)"; empty where neither is,
+    so that figures compare with the paper's."""
+    own = [name for name, model in (("SAM", sam), ("CLIP", clip)) if model == "demo"]
+    return f" (stand-ins: {', '.join(own)})" if own else ""
+
+
 def paper_row(key: str) -> dict[str, dict[str, float]]:
     """What the paper prints for the task `key`, {row: {metric: figure}}, in percent (MAE: a fraction).
 
     Rows and metrics are those of Table 2 ("cuhk", "sbu", "msd", "duts") or Table 3 ("voc": mIoU and the
-    IoU of ten classes), "AlignSAM w/o RL" being
-    "w/o RL" here, with the foreground rate FR of Table 9 in the two rows that it has. Raises KeyError.
+    IoU of ten classes), "AlignSAM w/o RL" being "w/o RL" here, with the foreground rate FR of Table 9 in the two rows
+    that it has. Raises KeyError.
     """
     rows = _columns("table3_voc_iou") if key == "voc" else _columns("table2", key)
     foreground_rate = _columns("table9_foreground_rate", key)

@@ -40,15 +40,18 @@ def gallery_item(name: str, target: str | None, image: np.ndarray, truth: np.nda
         "labels": [int(label) for label in labels]}
 
 
-def write_report(path: Path, results: dict, srm_log: list[dict], agent_log: list[dict], gallery: list[dict]) -> None:
+def write_report(path: Path, results: dict, srm_log: list[dict], agent_log: list[dict], gallery: list[dict],
+                 paper: dict[str, dict[str, float]] | None = None) -> None:
     """Writes the page to `path`, whole or not at all.
 
     results: what results.json holds. srm_log, agent_log: stage 2's and stage 3's logs, {quantity: number} a row, the
     first quantity being the x axis; either may be empty. gallery: `gallery_item`s in any order, shown from the worst
-    last IoU to the best. What is not a finite number is shown as a dash.
+    last IoU to the best. paper: the figures that the paper prints for this data set (see `paper_row`), where they are to
+    stand below the results. What is not a finite number is shown as a dash.
     """
     gallery = sorted(_plain(gallery), key=lambda item: math.inf if item["ious"][-1] is None else item["ious"][-1])
-    data = {"results": _plain(results), "srm_log": _plain(srm_log), "agent_log": _plain(agent_log), "gallery": gallery}
+    data = {"results": _plain(results), "paper": _plain(paper), "srm_log": _plain(srm_log),
+            "agent_log": _plain(agent_log), "gallery": gallery}
     # without "<" no name can close the script element or open a comment in it; ASCII, because a file name
     # that is not UTF-8 reaches Python as lone surrogates, which no file can be written with
     text = json.dumps(data, allow_nan=False, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")

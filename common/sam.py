@@ -19,6 +19,7 @@ from segment_anything.modeling import ImageEncoderViT, Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from tqdm import tqdm
 
+from common import distributed
 from common.decoder import ImageSide, SingleMaskDecoder
 from common.encoder import encode
 from common.errors import UserError
@@ -151,10 +152,13 @@ def _fetch(url: str, part: Path, size: int) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with (path.open("rb") as file,
+          tqdm(desc=f"checking {path.name}", total=size, unit="B", unit_scale=True, leave=False,
+               disable=distributed.RANK > 0) as bar):
         while block := file.read(1 << 20):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()
 
 

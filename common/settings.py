@@ -215,17 +215,17 @@ def require_finite(values: dict[str, float], where: str) -> None:
                             "in; what was saved before is intact")
 
 
-def command(script: str, constants: dict[str, object]) -> str:
+def command(script: str, constants: dict[str, object], shared: tuple[str, ...] = ()) -> str:
     """What runs another stage of the same run, quoted for a shell and without "python": script and the constants that
-    say which run it is."""
-    given = [f"{name}={constants[name]}" for name in ("TASK", "RUN_DIR", "FEATURES") if constants[name]]
+    say which run it is, with those of `shared` that are not 0, which both stages must have alike."""
+    given = [f"{name}={constants[name]}" for name in ("TASK", "RUN_DIR", "FEATURES", *shared) if constants[name]]
     return shlex.join([script, *given])
 
 
-def goodbye(written: list[Path], script: str, constants: dict[str, object]) -> None:
+def goodbye(written: list[Path], next_command: str) -> None:
     """How a stage ends: prints what it wrote and the command that comes next."""
     print("wrote " + ", ".join(map(str, written)))
-    print(f"next: python {command(script, constants)}")
+    print(f"next: python {next_command}")
 
 
 def seed_everything(seed: int) -> None:

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 from common import settings
 from common.cache import Cache
-from common.paper import CLASSES, paper_figures, results_table
+from common.paper import CLASSES, paper_figures, results_table, stand_ins
 from common.tasks import get_task
 
 TASK = "demo_saliency"
@@ -42,7 +42,7 @@ _ABLATIONS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")
 _ALL = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")  # of ROWS=all, those that a table names
 _LABELS = {"RL + SRM": "AlignSAM", "RL + CLIP-Surgery map": "labels: CLIP Surgery",
            "RL + last SAM mask": "labels: last mask", "RL only (all positive)": "w/o SRM"}  # Table 8's names
-_CONTENT = {"task": str, "sam": str, "clip": str, "branch": str, "images": int, "rows": dict, "iou_per_round": dict,
+_CONTENT = {"task": str, "sam": str, "clip": str, "branch": str, "samples": int, "rows": dict, "iou_per_round": dict,
             "foreground_rate_attainable": float, "trained": dict, "rounds": int, "evaluation_seed": int,
             "sample_actions": bool}
 
@@ -57,8 +57,8 @@ class Experiment(NamedTuple):
     results: str = "results.json"
 
 
-def experiments(branch: str) -> dict[str, dict[str, Experiment]]:
-    """{experiment: {column: what is run for it}}, for a task with this branch of the SRM."""
+def experiments(branch: str, shots: int) -> dict[str, dict[str, Experiment]]:
+    """{experiment: {column: what is run for it}}, for a task with this branch of the SRM and a cache of these shots."""
     other = _OTHER[branch]
     one_row = ("ROWS=AlignSAM", *_QUICK)
     return {
@@ -67,8 +67,8 @@ def experiments(branch: str) -> dict[str, dict[str, Experiment]]:
         "branches": {other: Experiment(f"-{other}", one_row, srm=(f"BRANCH={other}",))},
         "iterations": {"": Experiment("", ("ROWS=AlignSAM,w/o RL,w/o SRM", "ROUNDS=20", *_QUICK), None, None,
                                       "T20.json")},
-        "shots": {str(shots): Experiment(f"-shots{shots}", ("ROWS=AlignSAM,PerSAM", *_QUICK), (f"SHOTS={shots}",),
-                                         (f"SHOTS={shots}",)) for shots in _SHOTS},
+        "shots": {str(few): Experiment(f"-shots{few}", ("ROWS=AlignSAM,PerSAM", *_QUICK), (f"SHOTS={few}",),
+                                       (f"SHOTS={few}",)) for few in _SHOTS if few < shots},
         "rounds": {str(rounds): Experiment(f"-rounds{rounds}", (f"ROUNDS={rounds}", *one_row), (f"ROUNDS={rounds}",),
                                            None) for rounds in _ROUNDS},
         "episodes": {str(episodes): Experiment(f"-episodes{episodes}", one_row, (f"EPISODES={episodes}",), None)
@@ -76,10 +76,10 @@ def experiments(branch: str) -> dict[str, dict[str, Experiment]]:
     }
 
 
-def run_stages(task: str, seed: int, experiment: Experiment, like: dict | None = None) -> dict:
+def run_stages(task: str, seed: int, experiment: Experiment, features: str, like: dict | None = None) -> dict:
     """Runs the stages of an experiment, unless its results are there; returns the results.
 
-    like: results of the task's first main run, see `require_asked`.
+    features: the cache's identity. like: results of the task's first main run; see `require_asked`.
     """
     main = Path("runs") / f"{task}-seed{seed}"
     folder = main.with_name(main.name + experiment.suffix)
@@ -97,7 +97,7 @@ def run_stages(task: str, seed: int, experiment: Experiment, like: dict | None =
         run_script("04_evaluate.py", *same, f"RESULTS={experiment.results}", *experiment.evaluation)
     rows = values_of(experiment.evaluation)["rows"]
     content = read_results(path, task, _ALL if rows == "all" else tuple(rows.split(",")))
-    require_asked(path, content, experiment, seed, cache_identity(task), like or content)
+    require_asked(path, content, experiment, seed, features, like or content)
     return content
 
 
@@ -106,8 +106,10 @@ def values_of(constants: tuple[str, ...] | None) -> dict[str, str]:
     return {name.lower(): value for name, value in (constant.split("=", 1) for constant in constants or ())}
 
 
-def cache_identity(task: str) -> str:
-    return Cache.open(Path("runs") / task / "features.h5", task).identity()
+def look_into_cache(task: str) -> tuple[str, int, tuple[str, ...]]:
+    """The identity of the task's cache, how many training samples it holds, and its texts."""
+    cache = Cache.open(Path("runs") / task / "features.h5", task)
+    return cache.identity(), len(cache.samples("train")), cache.texts
 
 
 def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, features: str, like: dict) -> None:
@@ -185,13 +187,14 @@ def rounds_of(runs: dict[str, dict[str, list[dict]]]) -> dict[str, list[tuple[fl
             for row in results[0]["rows"]}
 
 
-def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str) -> None:
+def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str, title: str) -> None:
     """Mean and spread of mIoU in percent over x, one line a name, as PNG."""
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for name, values in lines.items():
         axis.errorbar(list(values), [100 * value for value, _ in values.values()],
                       [100 * (deviation or 0) for _, deviation in values.values()], marker=".", capsize=2, label=name)
     axis.set(xlabel=x_name, ylabel="mIoU (%)")
+    axis.set_title(title, fontsize=8)
     axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half a round
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -202,7 +205,7 @@ def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str) -> None:
 def paper_tables(runs: dict[str, dict[str, list[dict]]], branch: str) -> dict[str, tuple[dict, str | None]]:
     """{title: (table, its key in the paper's tables)} of {experiment: {column: its results, one a seed}}."""
     base = runs["main"][""]
-    rows = pooled(base)
+    rows, trained = pooled(base), base[0]["trained"]
 
     def by_column(experiment: str, standard: str, names: tuple[str, ...] = ("AlignSAM",)) -> dict[str, dict]:
         """{row: {column: mIoU}} of an experiment and of the main runs, which are its column `standard`."""
@@ -236,7 +239,7 @@ def paper_tables(runs: dict[str, dict[str, list[dict]]], branch: str) -> dict[st
         branches = {branch: rows["AlignSAM"], _OTHER[branch]: pooled(runs["branches"][_OTHER[branch]])["AlignSAM"]}
         tables["Table 4: branch of the SRM"] = ({name: branches[name] for name in ("implicit", "explicit")}, "branches")
     if "iterations" in runs:
-        tables["Table 5: IoU after each round (trained with T = 15)"] = (
+        tables[f"Table 5: IoU after each round (trained with T = {trained['rounds']})"] = (
             {row: {str(number): values[number] for number in (0, 1, 2, 3, 5, 10, 15, 20)}
              for row, values in rounds_of(runs).items()}, None)
         if classes:
@@ -247,8 +250,8 @@ def paper_tables(runs: dict[str, dict[str, list[dict]]], branch: str) -> dict[st
     if "shots" in runs:
         tables["Table 10: labelled images, mIoU"] = (by_column("shots", "all", ("AlignSAM", "PerSAM")), "shots")
     if "rounds" in runs:
-        tables["Figure 7: rounds, mIoU"] = (by_column("rounds", "15"), None)
-        tables["Figure 7: episodes, mIoU"] = (by_column("episodes", "50"), None)
+        tables["Figure 7: rounds, mIoU"] = (by_column("rounds", str(trained["rounds"])), None)
+        tables["Figure 7: episodes, mIoU"] = (by_column("episodes", str(trained["episodes"])), None)
     return tables
 
 
@@ -263,36 +266,39 @@ def main() -> None:
         raise settings.UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py TASK={TASK} first, "
                                  "with your SAM, CLIP and DATA_DIR")
 
+    features, shots, texts = look_into_cache(TASK)
     wanted = {"main", *EXPERIMENTS, *(("rounds", "episodes") if FIGURE7 else ())}
     runs, first = {}, None
-    for name, columns in experiments(task.branch).items():
+    for name, columns in experiments(task.branch, shots).items():
         if name in wanted:
             runs[name] = {}
             for column, experiment in columns.items():
                 runs[name][column] = []
                 for seed in SEEDS:
-                    runs[name][column].append(run_stages(TASK, seed, experiment, first))
+                    runs[name][column].append(run_stages(TASK, seed, experiment, features, first))
                     first = first or runs[name][column][0]
 
-    real = first["sam"] != "demo" and first["clip"] != "demo"
-    text = [f"# {TASK}", f"SAM {first['sam']}, CLIP {first['clip']}{'' if real else ' (stand-ins)'}, "
-            f"{first['branch']} branch, {first['images']} test samples, seeds {', '.join(map(str, SEEDS))}. "
-            "Percent, MAE a fraction; mean ± deviation over seeds.",
+    models = f"SAM {first['sam']}, CLIP {first['clip']}{stand_ins(first['sam'], first['clip'])}"
+    comparable = not stand_ins(first["sam"], first["clip"]) and texts == task.texts  # PROMPT may ask something else
+    text = [f"# {TASK}", f"{models}, {first['branch']} branch, {first['samples']} test samples, seeds "
+            f"{', '.join(map(str, SEEDS))}. Percent, MAE a fraction; mean ± deviation over seeds.",
             "Main runs: " + ", ".join(f"{name.upper()}={value}" for name, value in first["trained"].items()
                                       if name not in ("task", "seed", "features", "srm")) + "."]
     tables = paper_tables(runs, task.branch)
     for title, (table, paper) in tables.items():
-        figures = paper_figures(paper, task.paper) if real and paper and task.paper else None
+        figures = paper_figures(paper, task.paper) if comparable and paper and task.paper else None
         text.append(f"## {title}\n\n" + results_table(table, figures))
 
     if "iterations" in runs:
-        plot(out / "iterations.png", {row: dict(enumerate(values)) for row, values in rounds_of(runs).items()}, "round")
+        plot(out / "iterations.png", {row: dict(enumerate(values)) for row, values in rounds_of(runs).items()}, "round",
+             f"{TASK}, {models}")
     for name in ("rounds", "episodes") if FIGURE7 else ():
         table = tables[f"Figure 7: {name}, mIoU"][0]
         plot(out / f"figure7_{name}.png",
-             {row: {int(value): figure for value, figure in figures.items()} for row, figures in table.items()}, name)
+             {row: {int(value): figure for value, figure in figures.items()} for row, figures in table.items()}, name,
+             f"{TASK}, {models}")
     settings.write_atomic(out / "tables.md", lambda temporary: temporary.write_text("\n\n".join(text)))
-    content = {"task": TASK, "seeds": SEEDS, "units": "[mean, deviation over seeds], fractions",
+    content = {"task": TASK, "models": models, "seeds": SEEDS, "units": "[mean, deviation over seeds], fractions",
                "tables": {title: table for title, (table, _) in tables.items()}}
     settings.write_atomic(out / "tables.json", lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     print("\n\n".join(text) + f"\nwrote {out / 'tables.md'}, {out / 'tables.json'}")

@@ -420,9 +420,9 @@ CLAIMS: dict[str, list[tuple[str, Callable[[Path], object]]]] = {
     "results.json": [
         ("another task", of_results(lambda content: content.update(task="demo_blur"))),
         *((f"no {key}", of_results(lambda content, key=key: content.pop(key)))
-          for key in ("sam", "clip", "branch", "images", "rows", "iou_per_round", "foreground_rate_attainable")),
+          for key in ("sam", "clip", "branch", "samples", "rows", "iou_per_round", "foreground_rate_attainable")),
         *((f"{key} is None", of_results(lambda content, key=key: content.update({key: None})))
-          for key in ("sam", "clip", "branch", "images", "rows", "iou_per_round", "foreground_rate_attainable")),
+          for key in ("sam", "clip", "branch", "samples", "rows", "iou_per_round", "foreground_rate_attainable")),
         ("a row missing", of_results(lambda content: content["rows"].pop("w/o RL"))),
         ("a row of texts", of_results(lambda content: content["rows"]["w/o RL"].update(mIoU="high"))),
         ("a row not finite", of_results(lambda content: content["rows"]["w/o RL"].update(mIoU=NAN))),

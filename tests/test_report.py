@@ -21,8 +21,8 @@ HEIGHT, WIDTH, FRAME, ROUNDS, NAN = 40, 60, 1000, 3, float("nan")
 HOSTILE = "</script><b id=broken>x</b><!--<script>.jpg"
 HOSTILE_CLASS = "<img src=x onerror=problems.push(1)>"
 RESULTS = {
-    "task": "demo_<i>shadow</i>", "sam": "demo", "clip": "ViT-B-16/openai", "seed": 7, "images": 240, "rounds": ROUNDS,
-    "branch": "explicit", "foreground_rate_attainable": 0.5,
+    "task": "demo_<i>shadow</i>", "sam": "demo", "clip": "ViT-B-16/openai", "seed": 7, "images": 240, "samples": 240,
+    "rounds": ROUNDS, "branch": "explicit", "foreground_rate_attainable": 0.5,
     "rows": {"AlignSAM": {"mIoU": 0.4311, "MAE": 0.0709, "FR": 0.25, "per_class": {"star": {"mIoU": 0.125}}},
              "w/o MSI": {"mIoU": NAN, "MAE": None, "per_class": {"<ring>": {"mIoU": 0.0625}}}},
     "iou_per_round": {"AlignSAM": [0.1, 0.2, 0.3, 0.4311], "w/o MSI": [0.1, 0.2], "PerSAM": [0.9]}}
@@ -305,6 +305,14 @@ def test_the_heading_names_the_run_and_the_stand_ins(played):
 def test_tables_are_in_percent_with_dashes_for_what_is_unknown(played):
     assert played["tables"] == ["mIoUMAEFR", "AlignSAM43.10.07125.0", "w/o MSI–––",
                                 "AlignSAMw/o MSI", "star12.5–", "<ring>–6.3"]
+
+
+def test_the_papers_figures_stand_below_the_results(tmp_path):
+    paper = {"SEEM": {"mIoU": 21.5, "MAE": 0.25}, "AlignSAM": {"mIoU": 63.06, "FR": 90.2}}
+    report.write_report(tmp_path / "report.html", RESULTS | {"sam": "vit_h"}, LOG, LOG, [], paper)
+    found = browse(tmp_path / "report.html", READ)
+    assert found["problems"] == [] and "The paper's figures for this data set" in found["main"]
+    assert found["tables"][3:6] == ["mIoUMAEFR", "SEEM21.50.250–", "AlignSAM63.1–90.2"]
 
 
 def test_charts_have_numbers_on_their_axes(played):

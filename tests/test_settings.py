@@ -196,6 +196,8 @@ def test_a_printed_command_can_be_pasted_into_a_shell():
     printed = command("02_train_srm.py", constants)
     assert shlex.split(printed) == ["02_train_srm.py", "TASK=folder", "RUN_DIR=my runs/a"]
     assert command("02_train_srm.py", constants | {"RUN_DIR": "runs/a"}) == "02_train_srm.py TASK=folder RUN_DIR=runs/a"
+    assert command("03_train_agent.py", {"TASK": "msd", "RUN_DIR": "", "FEATURES": "", "SHOTS": 5, "SEED": 0},
+                   ("SHOTS", "SEED")) == "03_train_agent.py TASK=msd SHOTS=5"
 
 
 def test_a_seed_repeats_every_generator():

@@ -216,7 +216,7 @@ def test_an_unfinished_stage_is_not_taken_for_a_finished_one(workplace):
 
 
 def test_an_srm_trained_again_makes_the_agent_that_grew_from_the_former_one_void(workplace):
-    folder = workplace / "again"
+    folder = workplace / "retrained"
     folder.mkdir()
     (folder / "agent.pt").write_bytes((workplace / "runs/folder/agent.pt").read_bytes())
     content = torch.load(workplace / "runs/folder/srm.pt", weights_only=True)

@@ -37,14 +37,14 @@ def scripts(monkeypatch, tmp_path):
             score = 0.4 + 0.1 * int(given["SEED"]) + (0.05 if "explicit" in str(folder) else 0)
             row = dict.fromkeys(("mIoU", "F", "BER", "E", "MAE", "FR"), score)
             (folder / given["RESULTS"]).write_text(json.dumps({
-                "task": given["TASK"], "sam": "demo", "clip": "demo", "branch": "implicit", "images": 240,
+                "task": given["TASK"], "sam": "demo", "clip": "demo", "branch": "implicit", "samples": 240,
                 "foreground_rate_attainable": 0.4, "trained": trained.get(folder, {}),
                 "rounds": rounds, "evaluation_seed": int(given["SEED"]), "sample_actions": False,
                 "rows": {name: row for name in rows},
                 "iou_per_round": {name: [score + 0.01 * number for number in range(rounds + 1)] for name in rows}}))
 
     monkeypatch.setattr(tables, "run_script", run_script)
-    monkeypatch.setattr(tables, "cache_identity", lambda task: "0a")
+    monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0a", 50, ("saliency object",)))
     return commands
 
 
@@ -87,13 +87,38 @@ def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
     assert Path("runs/demo_saliency/figure7_episodes.png").exists()
 
 
+def test_shots_that_the_cache_does_not_hold_are_left_out(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0a", 12, ("saliency object",)))
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("shots",))
+    tables.main()
+    table = json.loads(Path("runs/demo_saliency/tables.json").read_text())["tables"]["Table 10: labelled images, mIoU"]
+    assert list(table["AlignSAM"]) == ["5", "all"]
+
+
+def test_the_papers_figures_stand_beside_its_models_and_its_question_only(scripts, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
+    monkeypatch.setattr(tables, "TASK", "duts")
+    Path("runs/duts").mkdir(parents=True)
+    Path("runs/duts/features.h5").touch()
+    for texts, models, beside in ((("saliency object",), ("vit_h", "ViT-B-16"), True),
+                                  (("red thing",), ("vit_h", "ViT-B-16"), False),
+                                  (("saliency object",), ("vit_h", "demo"), False)):
+        monkeypatch.setattr(tables, "look_into_cache", lambda task, texts=texts: ("0a", 50, texts))
+        tables.main()
+        path = Path("runs/duts-seed0/results.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(zip(("sam", "clip"), models))))
+        tables.main()
+        text = Path("runs/duts/tables.md").read_text()
+        assert ("(paper)" in text) == beside and ("(stand-ins: CLIP)" in text) == ("demo" in models)
+
+
 def test_results_of_another_cache_or_of_other_constants_are_not_taken_for_these(scripts, monkeypatch):
     monkeypatch.setattr(tables, "EXPERIMENTS", ("main", "branches"))
     tables.main()
-    monkeypatch.setattr(tables, "cache_identity", lambda task: "0b")
+    monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0b", 50, ("saliency object",)))
     with pytest.raises(UserError, match="seed0/results.json comes from a run with another features.h5"):
         tables.main()
-    monkeypatch.setattr(tables, "cache_identity", lambda task: "0a")
+    monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0a", 50, ("saliency object",)))
     path = Path("runs/demo_saliency-seed0-explicit/results.json")
     path.write_text(path.read_text().replace('"branch": "explicit"', '"branch": "implicit"'))
     with pytest.raises(UserError, match="explicit/results.json comes from a run with BRANCH=implicit, not explicit"):
