@@ -82,9 +82,9 @@ def main() -> None:
               "rounds": ROUNDS, "gamma": GAMMA, "clip_range": CLIP_RANGE, "learning_rate": LEARNING_RATE,
               "every_text": every_text, "residual": residual, "srm_steps": SRM_STEPS[branch], "srm_batch": SRM_BATCH,
               "channel_drop": CHANNEL_DROP, "logit_scale": LOGIT_SCALE,
+              "features": features.identity(), "srm": checkpoint.fingerprint(stage_2["srm"]),
               "stage_2": {name: stage_2["settings"][name] for name in (
-                  "steps", "srm_batch", "learning_rate", "rounds", "states", "channel_drop", "join_kernel")},
-              "features": features.identity(), "srm": checkpoint.fingerprint(stage_2["srm"])}
+                  "steps", "srm_batch", "learning_rate", "rounds", "states", "channel_drop", "join_kernel")}}
     log, first = [], 1
     if path.exists():  # from where a killed run stopped
         saved = checkpoint.load(path, settings.command("03_train_agent.py", globals()), **checkpoint.TRAINING)

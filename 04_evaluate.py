@@ -292,7 +292,8 @@ def main() -> None:
 
     content = {
         "task": TASK, "sam": features.attrs["sam"], "clip": features.attrs["clip"], "seed": trained["settings"]["seed"],
-        "images": len(np.unique(samples[:, 0])), "samples": len(samples), "units": "all metrics are fractions between 0 and 1",
+        "images": len(np.unique(samples[:, 0])), "samples": len(samples),
+        "units": "all metrics are fractions between 0 and 1",
         "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS, "rounds": ROUNDS,
         "branch": trained["settings"]["branch"], "trained": trained["settings"],
         "foreground_rate_attainable": attainable,

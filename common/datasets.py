@@ -261,8 +261,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UserError:
         raise
     except Exception as error:  # on a broken file Pillow's decoders raise nearly anything
-        raise UserError(f"cannot read {path} as a picture ({error}): replace it, or remove it and its "
-                        f"counterpart") from error
+        raise UserError(f"cannot read {path} as a picture ({error}): replace it, or remove it, and the mask or image "
+                        "that belongs to it if there is one") from error
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -133,13 +133,18 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
 
     attributes: of the run's cache, from which SAM and CLIP are loaded. align: AlignSAM on embeddings (B, C, h, w) and
     maps (B, h, w). run: what tells this run from others, for JSON. Raises UserError where a model is not the cache's,
-    where two images' files would have one name, where an image's features are not finite or do not fit into memory, and
-    at the end where files could not be read.
+    where two images' files would have one name, in this folder or with an earlier one, where an image's features are not
+    finite or do not fit into memory, and at the end where files could not be read.
     """
     folder = Path(images).expanduser()
     paths, chosen = find_images(folder), choose_texts(texts, classes)
     names = name_files(paths, [*(texts[text] for text in chosen), "classes"] if len(texts) > 1 else [])
-    lines = read_lines(out / "masks.jsonl")
+    lines, home = read_lines(out / "masks.jsonl"), str(folder.resolve())
+    written = {f"{name}.png": path for path in paths for name in names[path]}
+    for mask, line in lines.items():
+        if mask in written and line.get("folder", home) != home:
+            raise UserError(f"{out / mask} is the mask of {Path(line['folder'], line['image'])}, and that of "
+                            f"{written[mask]} would replace it: rename the image, or move {out} away")
     sam = load_sam(attributes["sam"], device)
     clip, tokenizer = load_clip(attributes["clip"], device)
     for name, found in (("sam", sam_fingerprint(sam)), ("clip", checkpoint.fingerprint(clip.state_dict()))):
@@ -162,7 +167,7 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
 
     # what a stopped call has done, of images that are still the same
     part = out / "masks.json.part"
-    made_with = json.dumps({"folder": str(folder.resolve()), "classes": chosen, **run})
+    made_with = json.dumps({"folder": home, "classes": chosen, **run})
     stamps = {path.name: stamp(path) for path in paths}
     done = {name: entry for name, entry in read_part(part, made_with).items() if entry["stamp"] == stamps.get(name)}
     lines |= {line["mask"]: line for entry in done.values() for line in entry["lines"]}
@@ -191,7 +196,7 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
                 draw_points(picture, points, labels, frame)
                 save(out / "overlays" / f"{name}.png", picture)
                 own[f"{name}.png"] = {
-                    "image": path.name, "text": texts[text], "mask": f"{name}.png", "labels": labels,
+                    "folder": home, "image": path.name, "text": texts[text], "mask": f"{name}.png", "labels": labels,
                     "points": (points * scale).round(1).tolist(), "predicted_iou": round(quality, 4)}
             if len(texts) > 1:
                 save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), chosen))

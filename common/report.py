@@ -46,8 +46,8 @@ def write_report(path: Path, results: dict, srm_log: list[dict], agent_log: list
 
     results: what results.json holds. srm_log, agent_log: stage 2's and stage 3's logs, {quantity: number} a row, the
     first quantity being the x axis; either may be empty. gallery: `gallery_item`s in any order, shown from the worst
-    last IoU to the best. paper: the figures that the paper prints for this data set (see `paper_row`), where they are to
-    stand below the results. What is not a finite number is shown as a dash.
+    last IoU to the best. paper: the figures that the paper prints for this data set (see `paper_row`), where they are
+    to stand below the results. What is not a finite number is shown as a dash.
     """
     gallery = sorted(_plain(gallery), key=lambda item: math.inf if item["ious"][-1] is None else item["ious"][-1])
     data = {"results": _plain(results), "paper": _plain(paper), "srm_log": _plain(srm_log),

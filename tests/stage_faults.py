@@ -41,7 +41,7 @@ KINDS = {
     "stage 4": ("04_evaluate.py", [], ("common.checkpoint", "save")),
     "own images": ("04_evaluate.py", ["IMAGES=data/test/images"], ("common.own_images", "write_part")),
 }
-MAY_LOSE = {"stage 1": 0, "stage 2": 2, "stage 3": 1, "stage 4": 0, "own images": 0}  # finished units; stage 2 has SAVE_EVERY=2
+MAY_LOSE = {"stage 1": 0, "stage 2": 2, "stage 3": 1, "stage 4": 0, "own images": 0}  # finished units; SAVE_EVERY=2
 TOTAL = {"stage 1": 14, "stage 2": 20, "stage 3": 4, "stage 4": 4, "own images": 6}
 KEPT_IN = {"stage 1": "features.h5", "stage 2": "srm.pt", "stage 3": "agent.pt", "stage 4": "results.json.part",
            "own images": "masks/masks.json.part"}

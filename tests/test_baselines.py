@@ -1,6 +1,7 @@
 """What the agent is compared with: which points, which thresholds, which clicks."""
 
 import numpy as np
+import pytest
 import torch
 
 from common.baselines import best_threshold, next_clicks, prompt_with_map, srm_alone
@@ -26,11 +27,16 @@ def test_the_best_threshold_is_the_one_whose_masks_fit_the_training_samples():
     assert 0.48 < best_threshold(maps, truths) < 0.62
 
 
-def test_ignored_pixels_do_not_move_the_threshold():
+@pytest.mark.parametrize("ignored, taken_for, moved_to", [(0.72, 0, (0.7, 0.9)), (0.12, 1, (0, 0.12))])
+def test_ignored_pixels_do_not_move_the_threshold(ignored, taken_for, moved_to):
     truth = np.full((40, 40), 255, np.uint8)
     truth[:10], truth[10:20] = 1, 0
-    values = np.where(truth == 1, 0.9, np.where(truth == 0, 0.68, 0.95))  # under 255 the map is highest
-    assert 0.68 < best_threshold(torch.from_numpy(values)[None].float(), [truth]) < 0.9
+    values = np.where(truth == 1, 0.62, np.where(truth == 0, 0.32, ignored))
+    values[:5] = 0.92  # the surer half of the target
+    maps = torch.from_numpy(values)[None].float()
+    assert 0.32 < best_threshold(maps, [truth]) < 0.62
+    low, high = moved_to  # where it would lie if they counted
+    assert low < best_threshold(maps, [np.where(truth == 255, taken_for, truth).astype(np.uint8)]) < high
 
 
 def test_the_maps_points_are_its_highest_and_lowest_patches():

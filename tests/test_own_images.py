@@ -180,8 +180,20 @@ def test_the_mask_is_the_logits_at_the_images_size_and_no_overlay_takes_its_plac
         assert mask.dtype == np.uint8 and mask.tolist() == [[255] * 45 + [0] * 45] * 60
         assert (drawn[:20, :40] != 90).any(2).all() and (drawn[:20, 50:] == 90).all()  # tinted where the mask is
     lines = [json.loads(line) for line in (out / "masks.jsonl").read_text().splitlines()]
-    assert lines[1] == {"image": "photo.png", "text": "dog", "mask": "photo.png", "labels": [1, 0],
+    assert lines[1] == {"folder": str(tmp_path / "mine"), "image": "photo.png", "text": "dog", "mask": "photo.png", "labels": [1, 0],
                         "points": [[22.5, 30.0], [67.5, 30.0]], "predicted_iou": 0.75}
+
+
+def test_a_mask_of_another_folders_image_of_the_same_name_is_not_replaced(tmp_path, attributes):
+    out, one, two = tmp_path / "masks", photos(tmp_path / "one", "a.png"), photos(tmp_path / "two", "a.jpg", "b.png")
+    segment(one, out, attributes, ("dog",), ("all",), left_half, None, CPU, {})
+    with pytest.raises(UserError, match="masks/a.png is the mask of .*one/a.png, and that of .*two/a.jpg would replace"):
+        segment(two, out, attributes, ("dog",), ("all",), left_half, None, CPU, {})
+    assert told(out) == [("a.png", "a.png")]
+    segment(one, out, attributes, ("dog",), ("all",), left_half, None, CPU, {})  # its own may be made again
+    (out / "a.png").unlink()
+    segment(two, out, attributes, ("dog",), ("all",), left_half, None, CPU, {})
+    assert told(out) == [("a.jpg", "a.png"), ("b.png", "b.png")]
 
 
 def test_the_lines_of_another_folder_stay_and_an_interrupted_one_keeps_what_is_done(tmp_path, attributes):

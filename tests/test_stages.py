@@ -157,7 +157,15 @@ def test_stages_3_and_4_see_the_state_that_stage_2_chose(workplace):
     trained = torch.load(folder / "agent.pt", weights_only=True)
     assert trained["settings"]["residual"] == 0.5 and trained["settings"]["every_text"]
     chosen = json.loads((folder / "results.json").read_text())
-    trained["settings"]["residual"] = 0.0  # the same networks in the paper's state
+    paper, content = workplace / "runs/paper", torch.load(folder / "srm.pt", weights_only=True)
+    content["settings"]["residual"] = 0.0  # the same SRM in the paper's state
+    paper.mkdir()
+    torch.save(content, paper / "srm.pt")
+    done = run(workplace, "03_train_agent.py", "RUN_DIR=runs/paper", "FEATURES=runs/folder/features.h5")
+    assert done.returncode == 0, done.stderr
+    agents = [torch.load(place / "agent.pt", weights_only=True)["actor"] for place in (folder, paper)]
+    assert checkpoint.fingerprint(agents[0]) != checkpoint.fingerprint(agents[1])
+    trained["settings"]["residual"] = 0.0  # and the same networks
     torch.save(trained, folder / "agent.pt")
     assert run(workplace, "04_evaluate.py", *same, "ROWS=AlignSAM").returncode == 0
     other = json.loads((folder / "results.json").read_text())
@@ -223,6 +231,6 @@ def test_an_srm_trained_again_makes_the_agent_that_grew_from_the_former_one_void
     name = next(iter(content["srm"]))
     content["srm"][name] = content["srm"][name] + 1
     checkpoint.save(folder / "srm.pt", content)
-    done = run(workplace, "04_evaluate.py", "RUN_DIR=again", "FEATURES=runs/folder/features.h5")
+    done = run(workplace, "04_evaluate.py", "RUN_DIR=retrained", "FEATURES=runs/folder/features.h5")
     assert done.returncode == 1 and "agent.pt was made from another srm file" in done.stderr, done.stderr
     assert not (folder / "results.json").exists()

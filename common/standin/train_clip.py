@@ -121,22 +121,22 @@ def pair_loss(similarity: Tensor, true: Tensor, scale: Tensor, bias: Tensor) -> 
     return (losses[true].mean() + losses[~true].mean()) / 2
 
 
-def pointing_game(surgery: ClipSurgery, images: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
-    """Share of scenes whose map's highest patch lies on the target, and the same for a random place.
+def pointing_game(surgery: ClipSurgery, images: np.ndarray, targets: np.ndarray) -> list[tuple[float, float]]:
+    """For each of K texts, the share of scenes whose map's highest patch lies on the target, and that of a random place.
 
-    images (N, s, s, 3) uint8; targets (N, K, s, s) bool, one per text; scenes without a target do not count.
+    images (N, s, s, 3) uint8; targets (N, K, s, s) bool; scenes without a target do not count.
     """
-    hits, chance = [], []
+    hits, chance = ([[] for _ in range(targets.shape[1])] for _ in range(2))
     for start in range(0, len(images), BATCH):
         chunk = torch.from_numpy(images[start:start + BATCH].copy()).permute(0, 3, 1, 2)
         for maps, truth in zip(surgery.maps(chunk).cpu().numpy(), targets[start:start + BATCH]):
-            for one, mask in zip(maps, truth):
+            for text, (one, mask) in enumerate(zip(maps, truth)):
                 if mask.any():
                     y, x = np.unravel_index(one.argmax(), one.shape)
                     cell = mask.shape[0] // one.shape[0]
-                    hits.append(mask[y * cell + cell // 2, x * cell + cell // 2])
-                    chance.append(mask.mean())
-    return float(np.mean(hits)), float(np.mean(chance))
+                    hits[text].append(mask[y * cell + cell // 2, x * cell + cell // 2])
+                    chance[text].append(mask.mean())
+    return [(float(np.mean(hit)), float(np.mean(by_chance))) for hit, by_chance in zip(hits, chance)]
 
 
 def report(model: open_clip.CLIP, tokenizer, images: np.ndarray, maps: np.ndarray, things: list[list[dict]]) -> None:
@@ -150,8 +150,8 @@ def report(model: open_clip.CLIP, tokenizer, images: np.ndarray, maps: np.ndarra
                ("salient object",): salient[:, None], KINDS: kinds}
     for texts, truth in targets.items():
         surgery = ClipSurgery(model, tokenizer, 3 * CROP, texts)
-        hit, chance = pointing_game(surgery, images, truth)
-        print(f"  {', '.join(texts)}: pointing game {hit:.3f}, chance {chance:.3f}", flush=True)
+        for text, (hit, chance) in zip(texts, pointing_game(surgery, images, truth)):
+            print(f"  {text}: pointing game {hit:.3f}, chance {chance:.3f}", flush=True)
 
 
 def main() -> None:
