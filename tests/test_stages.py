@@ -148,6 +148,17 @@ def test_stage_4_takes_over_finished_rows_of_the_same_agent_and_constants_only(w
     (folder / "again.json").unlink()
 
 
+def test_results_of_another_name_leave_the_first_ones_pictures_as_they_are(workplace):
+    folder = workplace / "runs/folder"
+    before = {name: (folder / name).read_bytes() for name in ("strips.png", "comparison.png", "report.html")}
+    assert run(workplace, "04_evaluate.py", "ROWS=AlignSAM", "ROUNDS=1", "RESULTS=T1.json").returncode == 0
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    for name in before:
+        assert (folder / f"T1-{name}").read_bytes() != before[name]
+        (folder / f"T1-{name}").unlink()
+    (folder / "T1.json").unlink()
+
+
 def test_stages_3_and_4_see_the_state_that_stage_2_chose(workplace):
     folder, same = workplace / "runs/residual", ["RUN_DIR=runs/residual", "FEATURES=runs/folder/features.h5"]
     for script, more in (("02_train_srm.py", ["RESIDUAL=0.5", "EVERY_TEXT=true"]), ("03_train_agent.py", []),
