@@ -59,8 +59,11 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor, boxes: 
     return torch.einsum("bkc,bchw->bkhw", weights.float(), fine.float()), quality.float()
 
 
-def draw_target(maps: np.ndarray, things: list[dict], rng: np.random.Generator) -> np.ndarray:
-    """One nameless target of a scene, (96, 96) bool, covering at least 12 of its low-resolution pixels."""
+def draw_target(maps: np.ndarray, things: list[dict], rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """One nameless target of a scene, (96, 96) bool, covering at least 12 of its low-resolution pixels; and its share.
+
+    The share (see `SHARES`) is for reports only.
+    """
     instances, _, shadow, mirror, blur = maps[:, ::2, ::2]
     for _ in range(20):
         what = rng.choice(list(SHARES), p=list(SHARES.values()))
@@ -80,8 +83,8 @@ def draw_target(maps: np.ndarray, things: list[dict], rng: np.random.Generator) 
             count = 1 if what == "thing" else min(len(things), int(rng.integers(2, 5)))
             target = np.isin(instances, rng.choice(len(things), count, replace=False) + 1)
         if 12 <= target.sum() <= 0.8 * target.size:
-            return target
-    return instances == 0
+            return target, what
+    return instances == 0, "background"
 
 
 def clicks_in(region: Tensor, count: int) -> Tensor:
@@ -129,12 +132,16 @@ def iou(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def corrective_clicks(sam: Sam, images: np.ndarray, maps: np.ndarray, things: list[list[dict]], clicks: int) -> Tensor:
-    """IoU (targets, clicks) after each click of the standard protocol: the most interior pixel of the largest error."""
-    rng, scores = np.random.default_rng(1), []
+def corrective_clicks(sam: Sam, images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
+                      clicks: int) -> tuple[Tensor, list[str]]:
+    """IoU (targets, clicks) after each click of the standard protocol, the most interior pixel of the largest error;
+    and each target's share."""
+    rng, scores, shares = np.random.default_rng(1), [], []
     for start in range(0, len(images), BATCH):
         chunk = slice(start, start + BATCH)
-        targets = torch.from_numpy(np.stack([draw_target(m, t, rng) for m, t in zip(maps[chunk], things[chunk])]))
+        drawn, share = zip(*(draw_target(m, t, rng) for m, t in zip(maps[chunk], things[chunk])))
+        targets = torch.from_numpy(np.stack(drawn))
+        shares += share
         pictures = torch.from_numpy(images[chunk].copy()).permute(0, 3, 1, 2).float().to(sam.device)
         embeddings = sam.image_encoder(sam.preprocess(pictures)).float()
         found, points, row = torch.zeros_like(targets), [], []
@@ -152,7 +159,7 @@ def corrective_clicks(sam: Sam, images: np.ndarray, maps: np.ndarray, things: li
             found = (logits[:, 0] > 0).cpu()
             row.append(iou(logits[:, 0].cpu(), targets))
         scores.append(torch.stack(row, 1))
-    return torch.cat(scores)
+    return torch.cat(scores), shares
 
 
 def look_where_you_are(sam: Sam) -> None:
@@ -234,7 +241,7 @@ def main() -> None:
 
         # ask for targets, click, correct
         if step > PRETRAINING:
-            targets = np.stack([draw_target(layers[i], things[row], rng)
+            targets = np.stack([draw_target(layers[i], things[row], rng)[0]
                                 for _ in range(TARGETS) for i, row in enumerate(rows)])
             clicks, last = click_loss(sam, embeddings.repeat(TARGETS, 1, 1, 1), torch.from_numpy(targets).to(DEVICE),
                                       rng)
@@ -252,8 +259,11 @@ def main() -> None:
                   f"{(time.time() - started) / step:.2f} s a step", flush=True)
         if step > PRETRAINING and ((step - PRETRAINING) % 1000 == 0 or step == PRETRAINING + STEPS):
             sam.eval()
-            curve = corrective_clicks(sam, images[TRAIN:], maps[TRAIN:], things[TRAIN:], 9).mean(0)
-            print("held-out IoU after clicks 1 to 9: " + " ".join(f"{value:.3f}" for value in curve), flush=True)
+            curves, shares = corrective_clicks(sam, images[TRAIN:], maps[TRAIN:], things[TRAIN:], 9)
+            of = {share: torch.tensor([one == share for one in shares]) for share in sorted(set(shares))}
+            for share, chosen in {"all targets": slice(None), **of}.items():
+                print(f"held-out IoU after clicks 1 to 9, {share}: "
+                      + " ".join(f"{value:.3f}" for value in curves[chosen].mean(0)), flush=True)
             save_file({name: value.half().contiguous() for name, value in sam.state_dict().items()}, WEIGHTS)
             sam.train()
 
