@@ -139,8 +139,7 @@ def encode_texts(model: open_clip.CLIP, tokenizer, texts: Sequence[str]) -> torc
     """One L2-normalised feature per text, the mean of its 85 normalised prompts: (K, D) float32."""
     device = model.visual.conv1.weight.device
     features = []
-    for text in tqdm(texts, "encoding texts", leave=False, 
-                     disable=len(texts) < 2 or distributed.RANK > 0):
+    for text in tqdm(texts, "encoding texts", leave=False, disable=len(texts) < 2 or distributed.RANK > 0):
         prompts = tokenizer([template(text) for template in TEMPLATES]).to(device)
         features.append(F.normalize(model.encode_text(prompts), dim=-1).mean(dim=0))
     return F.normalize(torch.stack(features), dim=-1)

@@ -127,9 +127,9 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
     masks.jsonl. With several texts the two are called photo-<text>.png, and photo-classes.png is an indexed picture:
     0 = nothing, k = the k-th text, where masks overlap the one of the highest SRM probability.
 
-    masks.jsonl is replaced as a whole when this ends, also by Ctrl-C or an error; lines of masks that earlier calls
-    made stay. masks.json.part keeps what is done image by image, so that the same call goes on after a kill, and does
-    only the broken files once they are mended; it goes when all images are done.
+    masks.jsonl gets an image's lines as soon as its masks are there; lines of masks that earlier calls made stay.
+    masks.json.part keeps which images are done, so that the same call goes on after a kill, and does only the broken
+    files once they are mended; it goes when all images are done.
 
     attributes: of the run's cache, from which SAM and CLIP are loaded. align: AlignSAM on embeddings (B, C, h, w) and
     maps (B, h, w). run: what tells this run from others, for JSON. Raises UserError where a model is not the cache's,
@@ -171,40 +171,38 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
     stamps = {path.name: stamp(path) for path in paths}
     done = {name: entry for name, entry in read_part(part, made_with).items() if entry["stamp"] == stamps.get(name)}
     lines |= {line["mask"]: line for entry in done.values() for line in entry["lines"]}
-
     if not done:
         part.unlink(missing_ok=True)  # another call's, whose masks this one may replace
+    write_lines(out / "masks.jsonl", lines)
 
     broken, left = [], [path for path in paths if path.name not in done]
-    try:
-        for path in tqdm(left, "segmenting", initial=len(done), total=len(paths)):
-            try:
-                image = load_image(path)
-            except UserError as error:
-                print(f"skipped: {error}", file=sys.stderr)
-                broken.append(path.name)
-                continue
-            mend = f"set DEVICE=cpu, or make {path} smaller"
-            [(_, (episode, masks))] = in_batches([(path, image)], 1, compute, mend)
+    for path in tqdm(left, "segmenting", initial=len(done), total=len(paths)):
+        try:
+            image = load_image(path)
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            broken.append(path.name)
+            continue
+        mend = f"set DEVICE=cpu, or make {path} smaller"
+        [(_, (episode, masks))] = in_batches([(path, image)], 1, compute, mend)
 
-            scale, own = np.array(image.shape[1::-1]) / frame, {}
-            for name, mask, text, points, labels, quality in zip(
-                    names[path], masks, chosen, episode.points.cpu().numpy(), episode.labels.tolist(),
-                    episode.predicted_iou.tolist()):
-                save(out / f"{name}.png", Image.fromarray(mask.astype(np.uint8) * 255))
-                picture = overlay(image, mask, image.shape[1::-1])
-                draw_points(picture, points, labels, frame)
-                save(out / "overlays" / f"{name}.png", picture)
-                own[f"{name}.png"] = {
-                    "folder": home, "image": path.name, "text": texts[text], "mask": f"{name}.png", "labels": labels,
-                    "points": (points * scale).round(1).tolist(), "predicted_iou": round(quality, 4)}
-            if len(texts) > 1:
-                save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), chosen))
-            lines |= own
-            done[path.name] = {"stamp": stamps[path.name], "lines": list(own.values())}
-            write_part(part, made_with, done)
-    finally:
+        scale, own = np.array(image.shape[1::-1]) / frame, {}
+        for name, mask, text, points, labels, quality in zip(
+                names[path], masks, chosen, episode.points.cpu().numpy(), episode.labels.tolist(),
+                episode.predicted_iou.tolist()):
+            save(out / f"{name}.png", Image.fromarray(mask.astype(np.uint8) * 255))
+            picture = overlay(image, mask, image.shape[1::-1])
+            draw_points(picture, points, labels, frame)
+            save(out / "overlays" / f"{name}.png", picture)
+            own[f"{name}.png"] = {
+                "folder": home, "image": path.name, "text": texts[text], "mask": f"{name}.png", "labels": labels,
+                "points": (points * scale).round(1).tolist(), "predicted_iou": round(quality, 4)}
+        if len(texts) > 1:
+            save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), chosen))
+        lines |= own
         write_lines(out / "masks.jsonl", lines)
+        done[path.name] = {"stamp": stamps[path.name], "lines": list(own.values())}
+        write_part(part, made_with, done)
     print(f"wrote masks of {len(paths) - len(broken)} images to {out}")
     if broken:
         raise UserError(f"{len(broken)} of {len(paths)} files could not be read ({', '.join(broken[:5])}"

@@ -45,7 +45,6 @@ MAY_LOSE = {"stage 1": 0, "stage 2": 2, "stage 3": 1, "stage 4": 0, "own images"
 TOTAL = {"stage 1": 14, "stage 2": 20, "stage 3": 4, "stage 4": 4, "own images": 6}
 KEPT_IN = {"stage 1": "features.h5", "stage 2": "srm.pt", "stage 3": "agent.pt", "stage 4": "results.json.part",
            "own images": "masks/masks.json.part"}
-LEFT_BY = {"stage 4": "results.json", "own images": "masks/masks.jsonl"}  # in whose end what they kept goes
 TIMED = ("agent_log.csv", "agent_curves.png")  # they show how long an episode took
 PATIENCE = 300  # seconds after which a stage counts as hung
 SET_PIPE_SIZE = 1031  # fcntl's F_SETPIPE_SZ, which Python names from 3.10 on Linux only
@@ -163,6 +162,13 @@ def saved_units(kind: str, run_dir: Path) -> int:
     return content["step"] if kind == "stage 2" else len(content["rows" if kind == "stage 4" else "log"])
 
 
+def has_ended(kind: str, run_dir: Path) -> bool:
+    """Whether a stage that removes what it kept has done so because all is written."""
+    lines = run_dir / "masks/masks.jsonl"
+    return (kind == "stage 4" and (run_dir / "results.json").exists()
+            or kind == "own images" and lines.exists() and len(lines.read_text().splitlines()) == TOTAL[kind])
+
+
 def differences(run_dir: Path, reference: Path) -> list[str]:
     """The files in which a finished run is not what the undisturbed one left, times aside."""
     def names(folder: Path) -> set[str]:
@@ -259,8 +265,8 @@ def kills(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int, onl
                 os.close(stage.stderr)
                 found.count(f"SIGKILL in {kind}")
                 kept = saved_units(kind, run_dir)
-                if kind in LEFT_BY and not kept and (run_dir / LEFT_BY[kind]).exists():
-                    break  # it had ended, and has no use for what it kept any more
+                if not kept and has_ended(kind, run_dir):
+                    break  # it has no use for what it kept any more
                 lost = saved + stage.units - kept
                 found.check(kept >= saved, case, f"{kind}: {saved - kept} units that were saved are gone")
                 found.check(lost <= MAY_LOSE[kind], case, f"{kind}: the kill cost {lost} finished units")
