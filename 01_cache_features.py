@@ -21,12 +21,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import cache, checkpoint, distributed, settings
-from common.batches import in_batches
-from common.clip_surgery import ClipSurgery, load_clip
+from common import cache
 from common.datasets import draw_shots, image_size, list_samples, load_image, load_labels
-from common.features import FrozenModels
-from common.sam import SamEmbedder, load_sam, sam_fingerprint
+from common.frozen.clip_surgery import ClipSurgery, load_clip
+from common.frozen.models import FrozenModels
+from common.frozen.sam import SamEmbedder, load_sam, sam_fingerprint
+from common.runtime import checkpoint, distributed, files, script, settings
+from common.runtime.batches import in_batches
+from common.runtime.errors import UserError
 from common.tasks import get_task, with_prompt
 
 # what is segmented
@@ -59,10 +61,10 @@ def main() -> None:
     settings.positive(globals(), "SHOTS", "IMAGE_SIZE", "PATCH_SIZE", "BATCH_SIZE", "WORKERS")
     settings.not_negative(globals(), "SEED", "CLIP_SIZE")
     if SHOTS < 2:
-        raise settings.UserError(f"SHOTS={SHOTS} is too few to compare an action with another: set 2 or more")
+        raise UserError(f"SHOTS={SHOTS} is too few to compare an action with another: set 2 or more")
     if IMAGE_SIZE % PATCH_SIZE:
-        raise settings.UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one that does")
-    device = distributed.own(settings.device(DEVICE))
+        raise UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one that does")
+    device = distributed.own(script.device(DEVICE))
     task = with_prompt(get_task(TASK, PROMPT), PROMPT)
     if TASK == "cuhk":
         task = replace(task, white_is_foreground=CUHK_WHITE_IS_BLURRED)
@@ -102,10 +104,10 @@ def main() -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "versions": {name: importlib.metadata.version(name)
                      for name in ("torch", "segment_anything", "open_clip_torch")}}
-    run_dir = settings.run_dir(RUN_DIR, TASK)
-    path = settings.features(FEATURES, run_dir)
+    run_dir = script.run_dir(RUN_DIR, TASK)
+    path = script.cache_path(FEATURES, run_dir)
     with distributed.rank_0_first():  # the file is laid out once
-        settings.lock(path.parent)
+        files.lock(path.parent)
         writer = cache.CacheWriter.open_or_create(path, layout, provenance)
 
     def read(row: int) -> tuple[int, tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
@@ -141,8 +143,8 @@ def main() -> None:
         bar.update(len(images) - bar.n)
 
     print(f"{len(images)} images ({len(drawn)} training samples), {path.stat().st_size / 1e6:.0f} MB")
-    settings.goodbye([path], settings.command("02_train_srm.py", globals()))
+    script.goodbye([path], script.command("02_train_srm.py", globals()))
 
 
 if __name__ == "__main__":
-    settings.run(main, globals(), shared=True)
+    script.run(main, globals(), shared=True)

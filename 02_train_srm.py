@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, settings
 from common.cache import Cache
 from common.episode import Episode, patch_centres, random_pixels
-from common.pictures import plot_curves
-from common.sam import BatchedPrompter, load_decoder
+from common.frozen.sam import BatchedPrompter, load_decoder
+from common.results.pictures import plot_curves
+from common.runtime import checkpoint, files, script, settings
+from common.runtime.errors import UserError
 from common.srm import CHANNEL_DROP, JOIN_KERNEL, build_srm, sample_at, train_step
 
 # what is trained
@@ -84,24 +85,24 @@ def main() -> None:
     settings.positive(globals(), "STEPS", "SRM_BATCH", "LEARNING_RATE", "ROUNDS", "HELD_OUT", "SAVE_EVERY", "LOG_EVERY")
     settings.not_negative(globals(), "SEED", "SHOTS")
     if min(STATES.values()) < 0 or abs(sum(STATES.values()) - 1) > 1e-6:
-        raise settings.UserError(f"STATES={STATES} are no shares: set them to 0 or more, and to 1 in all")
+        raise UserError(f"STATES={STATES} are no shares: set them to 0 or more, and to 1 in all")
     if not 0 <= RESIDUAL <= 1:
-        raise settings.UserError(f"RESIDUAL={RESIDUAL} is no share: set it between 0 and 1")
-    device = settings.device(DEVICE)
-    run_dir = settings.run_dir(RUN_DIR, TASK)
-    features = Cache.open(settings.features(FEATURES, run_dir), TASK,
-                          settings.command("01_cache_features.py", globals()))
+        raise UserError(f"RESIDUAL={RESIDUAL} is no share: set it between 0 and 1")
+    device = script.device(DEVICE)
+    run_dir = script.run_dir(RUN_DIR, TASK)
+    features = Cache.open(script.cache_path(FEATURES, run_dir), TASK,
+                          script.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     prompter = BatchedPrompter(load_decoder(features.attrs, device), frame)
     shots = features.training_set(SHOTS, ROUNDS, device)
 
-    settings.lock(run_dir)
+    files.lock(run_dir)
 
     # the SRM, fresh or from where a killed run stopped
     branch = BRANCH or features.attrs["branch"]
     generator = torch.Generator().manual_seed(SEED)
-    settings.seed_everything(SEED)
+    script.seed_everything(SEED)
     srm = build_srm(branch, shots.embeddings.shape[1]).to(device)
     optimizer = torch.optim.Adam(srm.parameters(), LEARNING_RATE)
     path, log, step = run_dir / "srm.pt", [], 0
@@ -110,7 +111,7 @@ def main() -> None:
               "join_kernel": JOIN_KERNEL, "every_text": bool(EVERY_TEXT), "residual": float(RESIDUAL),
               "features": features.identity()}
     if path.exists():
-        saved = checkpoint.load(path, settings.command("02_train_srm.py", globals()), step=int,
+        saved = checkpoint.load(path, script.command("02_train_srm.py", globals()), step=int,
                                 **checkpoint.TRAINING)
         checkpoint.require_same(path, saved["settings"], chosen)
         checkpoint.restore(path, saved, srm=srm, optimizer=optimizer, generator=generator)
@@ -127,7 +128,7 @@ def main() -> None:
         maps, truth = shots.targets(rows, EVERY_TEXT, generator)
         s_c = episode.semantic_state(maps=maps)
         loss, _ = train_step(srm, optimizer, s_c, episode.state(), truth, generator)
-        settings.require_finite({"the SRM's loss": loss}, f"in step {step} on " + ", ".join(
+        script.require_finite({"the SRM's loss": loss}, f"in step {step} on " + ", ".join(
             features.name(shots.samples[row]) for row in rows))
 
         if step % LOG_EVERY == 0:
@@ -153,9 +154,9 @@ def main() -> None:
         print(f"held-out candidate points labelled right, {name}: foreground {foreground:.3f}, "
               f"background {background:.3f} ({len(held_out)} test samples)")
 
-    settings.goodbye([path, run_dir / "srm_log.csv", run_dir / "srm_curves.png"],
-                     settings.command("03_train_agent.py", globals(), ("SHOTS", "SEED")))
+    script.goodbye([path, run_dir / "srm_log.csv", run_dir / "srm_curves.png"],
+                     script.command("03_train_agent.py", globals(), ("SHOTS", "SEED")))
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    script.run(main, globals())

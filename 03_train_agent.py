@@ -11,12 +11,23 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, settings
-from common.agent import LOGIT_SCALE, Actor, Critic, normalise, pick, policy, pool_state, ppo_update, returns
+from common.agent import (
+    LOGIT_SCALE,
+    Actor,
+    Critic,
+    normalise,
+    pick,
+    policy,
+    pool_state,
+    ppo_update,
+    returns,
+)
 from common.cache import Cache
 from common.episode import Episode, patch_centres, random_pixels, spatial_state
-from common.pictures import plot_curves
-from common.sam import BatchedPrompter, load_decoder
+from common.frozen.sam import BatchedPrompter, load_decoder
+from common.results.pictures import plot_curves
+from common.runtime import checkpoint, files, script, settings
+from common.runtime.errors import UserError
 from common.srm import CHANNEL_DROP, build_srm, train_step
 
 # what is trained
@@ -46,12 +57,12 @@ def main() -> None:
     settings.positive(globals(), "EPISODES", "EPOCHS", "ROUNDS", "CLIP_RANGE", "LEARNING_RATE", "SRM_STEPS",
                       "SRM_BATCH")
     if not 0 < GAMMA < 1:
-        raise settings.UserError(f"GAMMA={GAMMA} is no discount: set it between 0 and 1")
+        raise UserError(f"GAMMA={GAMMA} is no discount: set it between 0 and 1")
     settings.not_negative(globals(), "SEED", "SHOTS")
-    device = settings.device(DEVICE)
-    run_dir = settings.run_dir(RUN_DIR, TASK)
-    features = Cache.open(settings.features(FEATURES, run_dir), TASK,
-                          settings.command("01_cache_features.py", globals()))
+    device = script.device(DEVICE)
+    run_dir = script.run_dir(RUN_DIR, TASK)
+    features = Cache.open(script.cache_path(FEATURES, run_dir), TASK,
+                          script.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     side = frame // patch
@@ -61,15 +72,15 @@ def main() -> None:
 
     # stage 2's SRM goes on learning here; srm.pt itself stays as it is
     srm_path, path = run_dir / "srm.pt", run_dir / "agent.pt"
-    stage_2_command = settings.command("02_train_srm.py", globals(), ("SHOTS", "SEED"))
+    stage_2_command = script.command("02_train_srm.py", globals(), ("SHOTS", "SEED"))
     stage_2 = checkpoint.load(srm_path, stage_2_command, **checkpoint.TRAINING)
     checkpoint.require_finished(srm_path, stage_2, stage_2_command)
     checkpoint.require_same(srm_path, stage_2["settings"],
                             {"task": TASK, "shots": SHOTS, "features": features.identity()})
     branch, residual, every_text = (stage_2["settings"][name] for name in ("branch", "residual", "every_text"))
-    settings.lock(run_dir)
+    files.lock(run_dir)
 
-    settings.seed_everything(SEED)
+    script.seed_everything(SEED)
     generator = torch.Generator().manual_seed(SEED)
     srm = build_srm(branch, embeddings.shape[1]).to(device)
     checkpoint.restore(srm_path, stage_2, srm=srm)
@@ -87,7 +98,7 @@ def main() -> None:
                   "steps", "srm_batch", "learning_rate", "rounds", "states", "channel_drop", "join_kernel")}}
     log, first = [], 1
     if path.exists():  # from where a killed run stopped
-        saved = checkpoint.load(path, settings.command("03_train_agent.py", globals()), **checkpoint.TRAINING)
+        saved = checkpoint.load(path, script.command("03_train_agent.py", globals()), **checkpoint.TRAINING)
         checkpoint.require_same(path, saved["settings"], chosen)
         checkpoint.restore(path, saved, **learning, generator=generator)
         log, first = saved["log"], len(saved["log"]) + 1
@@ -149,7 +160,7 @@ def main() -> None:
             "foreground_rate": sum(hits) / len(hits), **update, "label_accuracy": sum(right) / len(right),
             "srm_loss": sum(srm_losses) / len(srm_losses), "srm_accuracy": sum(srm_accuracies) / len(srm_accuracies),
             "training_iou": overlap.mean().item(), "seconds": time.time() - started})
-        settings.require_finite({name: log[-1][name] for name in ("policy_loss", "value_loss", "srm_loss")},
+        script.require_finite({name: log[-1][name] for name in ("policy_loss", "value_loss", "srm_loss")},
                                 f"in episode {number}")
         checkpoint.save(path, {"settings": chosen, "log": log, "generator": generator.get_state(),
                                "finished": number == EPISODES,
@@ -160,9 +171,9 @@ def main() -> None:
     plot_curves(log, run_dir / "agent_curves.png", f"{TASK}, stage 3: agent and SRM ({branch} branch), seed {SEED}")
     print(f"last episode: foreground rate {log[-1]['foreground_rate']:.3f} (first {log[0]['foreground_rate']:.3f}), "
           f"IoU on the training samples, on the embedding grid, {log[-1]['training_iou']:.3f}")
-    settings.goodbye([path, run_dir / "agent_log.csv", run_dir / "agent_curves.png"],
-                     settings.command("04_evaluate.py", globals()))
+    script.goodbye([path, run_dir / "agent_log.csv", run_dir / "agent_curves.png"],
+                     script.command("04_evaluate.py", globals()))
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    script.run(main, globals())

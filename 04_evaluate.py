@@ -18,18 +18,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import checkpoint, distributed, own_images, settings
 from common.agent import Actor, policy
 from common.baselines import best_threshold, next_clicks, prompt_with_map, srm_alone
-from common.batches import in_batches
 from common.cache import Cache
 from common.episode import Episode, patch_centres
+from common.frozen.sam import BatchedPrompter, full_masks, load_decoder
 from common.metrics import average, average_iou, evaluate_mask, overlap
-from common.paper import paper_row, results_table, stand_ins
 from common.persam import PerSAM
-from common.pictures import save_strips, strip
-from common.report import gallery_item, write_report
-from common.sam import BatchedPrompter, full_masks, load_decoder
+from common.results import own_images
+from common.results.paper import paper_row, results_table, stand_ins
+from common.results.pictures import save_strips, strip
+from common.results.report import gallery_item, write_report
+from common.runtime import checkpoint, distributed, files, script, settings
+from common.runtime.batches import in_batches
+from common.runtime.errors import UserError
 from common.srm import build_srm
 from common.tasks import get_task
 
@@ -123,30 +125,30 @@ def main() -> None:
     settings.not_negative(globals(), "SEED", "PICTURES", "GALLERY")
     rows = list(_ROWS) if ROWS == ("all",) else list(dict.fromkeys(ROWS))
     if unknown := [row for row in rows if row not in _ROWS]:
-        raise settings.UserError(f"ROWS names {unknown[0]!r}: set it to all, or to some of: {', '.join(_ROWS)}")
+        raise UserError(f"ROWS names {unknown[0]!r}: set it to all, or to some of: {', '.join(_ROWS)}")
     if not RESULTS.endswith(".json") or "/" in RESULTS:
-        raise settings.UserError(f"RESULTS={RESULTS} is no name of a results file: set it to one that ends in .json")
+        raise UserError(f"RESULTS={RESULTS} is no name of a results file: set it to one that ends in .json")
     if IMAGES and distributed.SIZE > 1:
-        raise settings.UserError("IMAGES are segmented in one process: start it with python, not with torchrun")
-    device = distributed.own(settings.device(DEVICE))
-    run_dir = settings.run_dir(RUN_DIR, TASK)
-    features = Cache.open(settings.features(FEATURES, run_dir), TASK,
-                          settings.command("01_cache_features.py", globals()))
+        raise UserError("IMAGES are segmented in one process: start it with python, not with torchrun")
+    device = distributed.own(script.device(DEVICE))
+    run_dir = script.run_dir(RUN_DIR, TASK)
+    features = Cache.open(script.cache_path(FEATURES, run_dir), TASK,
+                          script.command("01_cache_features.py", globals()))
     frame, patch = features.attrs["image_size"], features.attrs["patch_size"]
     centres = patch_centres(frame, patch).to(device)
     if ROUNDS > len(centres):
-        raise settings.UserError(f"ROUNDS={ROUNDS} is more than the {len(centres)} patches there are: set it lower")
+        raise UserError(f"ROUNDS={ROUNDS} is more than the {len(centres)} patches there are: set it lower")
 
     # the trained agent, and the SRM that stage 3 ended with
-    path, maker = run_dir / "agent.pt", settings.command("03_train_agent.py", globals())
+    path, maker = run_dir / "agent.pt", script.command("03_train_agent.py", globals())
     trained = checkpoint.load(path, maker, **checkpoint.TRAINING)
     checkpoint.require_finished(path, trained, maker)
     checkpoint.require_same(path, trained["settings"], {"task": TASK, "features": features.identity()})
     srm_path = run_dir / "srm.pt"
     if srm_path.exists():  # trained again since, it is not what this agent and its SRM grew from
-        stage_2 = checkpoint.load(srm_path, settings.command("02_train_srm.py", globals()), srm=dict)
+        stage_2 = checkpoint.load(srm_path, script.command("02_train_srm.py", globals()), srm=dict)
         checkpoint.require_same(path, trained["settings"], {"srm": checkpoint.fingerprint(stage_2["srm"])})
-    settings.lock(run_dir)
+    files.lock(run_dir)
     channels, residual = json.loads(features.attrs["embedding"])[0], trained["settings"]["residual"]
     actor, srm = Actor(channels).to(device).eval(), build_srm(trained["settings"]["branch"], channels).to(device).eval()
     checkpoint.restore(path, trained, actor=actor, srm=srm)
@@ -241,7 +243,7 @@ def main() -> None:
     chosen |= {"batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY}
     finished = {}
     if part.exists():
-        saved = checkpoint.load(part, settings.command("04_evaluate.py", globals()), rows=dict)
+        saved = checkpoint.load(part, script.command("04_evaluate.py", globals()), rows=dict)
         finished = saved["rows"] if saved["settings"] == chosen else {}
 
     for row in rows:
@@ -300,7 +302,7 @@ def main() -> None:
         **({} if threshold is None else {"clip_surgery_threshold": threshold}), "rows": results,
         **{name: {row: finished[row][name] for row in rows} for name in (
             "iou_per_round", *(["iou_per_round_per_class"] if classes else []))}}
-    settings.write_atomic(run_dir / RESULTS, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    files.write_atomic(run_dir / RESULTS, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     written, prefix = [run_dir / RESULTS], "" if RESULTS == "results.json" else f"{RESULTS.removesuffix('.json')}-"
     pictures = {row: finished[row]["pictures"] for row in rows}
     prompted = pictures.get("AlignSAM", {}).values()
@@ -324,4 +326,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, globals(), shared=True)
+    script.run(main, globals(), shared=True)

@@ -22,21 +22,21 @@ row: .venv/installed  ## the four stages for one task: make row TASK=duts STAGE1
 	$(RUN) 04_evaluate.py TASK=$(TASK) DEVICE=$(DEVICE)
 
 tables: .venv/installed  ## every table of the paper for one task: make tables TASK=demo_shadow SEEDS=0,1,2 FIGURE7=1
-	$(RUN) -m common.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7) DEVICE=$(DEVICE)
+	$(RUN) -m common.results.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7) DEVICE=$(DEVICE)
 
 seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, three training seeds each
 	for task in $(TASKS); do \
-		$(RUN) -m common.tables TASK=$$task SEEDS=0,1,2 EXPERIMENTS=main DEVICE=$(DEVICE) || exit 1; done
+		$(RUN) -m common.results.tables TASK=$$task SEEDS=0,1,2 EXPERIMENTS=main DEVICE=$(DEVICE) || exit 1; done
 
 bench: .venv/installed  ## how fast the parts are beside what they replace: make bench DEVICE=cuda
-	$(RUN) -m common.bench DEVICE=$(DEVICE)
+	$(RUN) -m common.results.bench DEVICE=$(DEVICE)
 
 faults: .venv/installed  ## kill stages, fill disks and damage files at random: ten minutes
-	$(RUN) -m tests.campaign KILLS=200 INPUTS=1000
+	$(RUN) -m tests.faults.campaign KILLS=200 INPUTS=1000
 
 standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: two hours on a CPU
-	$(RUN) -m common.standin.train_sam
-	$(RUN) -m common.standin.train_clip
+	$(RUN) -m common.standin.training.train_sam
+	$(RUN) -m common.standin.training.train_clip
 
 test: .venv/installed  ## install, run the tests
 	$(RUN) -m pytest -q tests

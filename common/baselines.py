@@ -8,8 +8,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from common.episode import Episode
+from common.frozen.sam import full_masks
 from common.metrics import overlap
-from common.sam import full_masks
 from common.srm import sample_at
 
 THRESHOLDS = np.linspace(0.05, 0.95, 19)  # tried for CLIP Surgery's map

@@ -45,7 +45,7 @@ import h5py
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 
 FORMAT = 2  # raised whenever the schema above changes
 PICTURE = 256  # side of /pictures, pixels

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from common import distributed
-from common.errors import UserError
+from common.runtime import distributed
+from common.runtime.errors import UserError
 from common.tasks import Task
 
 # No split is published with CUHK's 704 out-of-focus images; the literature tests on 100 of them.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from common.agent import pool_state
-from common.sam import BatchedPrompter, probability_grid
+from common.frozen.sam import BatchedPrompter, probability_grid
 from common.srm import sample_at
 
 

@@ -14,7 +14,7 @@ from py_sod_metrics import (
     TPRHandler,
 )
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 
 METRICS = {"IoU": "mIoU", "F": "F", "BER": "BER", "E": "E", "MAE": "MAE"}  # one image: many
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import UserError
 from common.layers import ChannelNorm
+from common.runtime.errors import UserError
 
 WIDTH = 64  # channels inside either branch: 50 images cannot train more
 HEADS = 4  # of the explicit branch's self-attention

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 
 # In the order of VOC's palette indices 1 to 20 (0 is the background, 255 is to be ignored).
 VOC_CLASSES = (

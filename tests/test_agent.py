@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from common.agent import Actor, Critic, entropy, normalise, pick, policy, pool_state, ppo_update, returns
+from common.agent import (
+    Actor,
+    Critic,
+    entropy,
+    normalise,
+    pick,
+    policy,
+    pool_state,
+    ppo_update,
+    returns,
+)
 
 
 def test_returns_equal_hand_computed_values():

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.batches import in_batches
-from common.errors import UserError
-from common.sam import SamEmbedder
-from common.settings import override
+from common.frozen.sam import SamEmbedder
+from common.runtime.batches import in_batches
+from common.runtime.errors import UserError
+from common.runtime.settings import override
 from tests.conftest import STAGES, arrays, load_script
 
 CPU_WORDS = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"

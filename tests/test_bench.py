@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import bench
-from common.errors import UserError
+from common.results import bench
+from common.runtime.errors import UserError
 from common.standin.model import build_sam as stand_in
 
 TINY = {"SAM": "demo", "IMAGES": 2, "BATCH": 1, "PROMPTED": 2, "EPISODE_IMAGES": 2, "CACHED": 2, "MASKS": 3,

@@ -14,8 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from common.cache import SUMMED, Cache, CacheWriter, Layout, bytes_per_image, truth_at_centres, truth_on_grid
-from common.errors import UserError
+from common.cache import (
+    SUMMED,
+    Cache,
+    CacheWriter,
+    Layout,
+    bytes_per_image,
+    truth_at_centres,
+    truth_on_grid,
+)
+from common.runtime.errors import UserError
 
 LAYOUT = Layout(
     names=["first", "naïve", "third", "fourth"],

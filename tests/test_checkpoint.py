@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from common import checkpoint
-from common.errors import UserError
+from common.runtime import checkpoint
+from common.runtime.errors import UserError
 
 SETTINGS = {"task": "sbu", "branch": "implicit", "seed": 0, "shots": 0, "rounds": 15, "every_text": False,
             "residual": 0.0, "features": "0a"}

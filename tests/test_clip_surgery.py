@@ -12,10 +12,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import clip_surgery
-from common.clip_surgery import (ClipSurgery, encode_texts, feature_surgery, load_clip, min_max,
-                                 single_text_similarity, surgery_tokens)
-from common.errors import UserError
+from common.frozen import clip_surgery
+from common.frozen.clip_surgery import (
+    ClipSurgery,
+    encode_texts,
+    feature_surgery,
+    load_clip,
+    min_max,
+    single_text_similarity,
+    surgery_tokens,
+)
+from common.runtime.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "clip_surgery_golden.npz")
 CLASSES = ("first", "second", "third")  # rows 0 to 2 of the golden tokens; row 3 stands for the empty string

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.datasets import (Sample, check_trainable, draw_shots, image_size, list_samples, load_image,
-                             load_labels)
-from common.errors import UserError
+from common.datasets import (
+    Sample,
+    check_trainable,
+    draw_shots,
+    image_size,
+    list_samples,
+    load_image,
+    load_labels,
+)
+from common.runtime.errors import UserError
 from common.standin import scenes
 from common.tasks import TASKS, get_task, with_prompt
 

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from common import distributed
+from common.runtime import distributed
 from tests.conftest import arrays, command
 
 

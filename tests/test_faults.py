@@ -15,7 +15,7 @@ def campaign(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
     """In a process of its own: the stages are forked from it, which no thread of another test may disturb."""
     out = tmp_path_factory.mktemp("faults") / "faults.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.campaign", "KILLS=3", "FULL=3", "CLOSED=false", "INPUTS=77", f"OUT={out}",
+        [sys.executable, "-m", "tests.faults.campaign", "KILLS=3", "FULL=3", "CLOSED=false", "INPUTS=77", f"OUT={out}",
          "KINDS=stage 1,stage 2"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert out.exists(), done.stderr
     return done, json.loads(out.read_text())

@@ -4,9 +4,9 @@ import numpy as np
 import py_sod_metrics as sod
 import pytest
 
-from common.errors import UserError
 from common.metrics import average, average_iou, evaluate_mask
-from common.paper import paper_row, results_table
+from common.results.paper import paper_row, results_table
+from common.runtime.errors import UserError
 
 
 def masks(seed: int, shape: tuple[int, int] = (60, 80)) -> tuple[np.ndarray, np.ndarray]:

@@ -12,11 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from common import checkpoint
-from common.clip_surgery import load_clip
-from common.errors import UserError
-from common.own_images import choose_texts, find_images, indexed, name_files, palette, segment
-from common.sam import SamEmbedder, load_sam, sam_fingerprint
+from common.frozen.clip_surgery import load_clip
+from common.frozen.sam import SamEmbedder, load_sam, sam_fingerprint
+from common.results.own_images import (
+    choose_texts,
+    find_images,
+    indexed,
+    name_files,
+    palette,
+    segment,
+)
+from common.runtime import checkpoint
+from common.runtime.errors import UserError
 from common.standin.scenes import PALETTE, paths, write_scene
 from tests.conftest import ROOT, run
 

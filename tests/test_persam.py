@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from segment_anything import SamPredictor
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
+from common.frozen.sam import Headless
 from common.persam import PerSAM, guided_transformer, standardise
-from common.sam import Headless
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "persam_golden.npz")
 GRID = int(GOLDEN["config/grid"])

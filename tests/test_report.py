@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import report, settings
+from common.results import report
+from common.runtime import files
 
 HEIGHT, WIDTH, FRAME, ROUNDS, NAN = 40, 60, 1000, 3, float("nan")
 HOSTILE = "</script><b id=broken>x</b><!--<script>.jpg"
@@ -170,7 +171,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
 
     def fail(*_):
         raise OSError("no")
-    monkeypatch.setattr(settings.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError):
         written(path, gallery=[item()])
     assert path.read_text(encoding="utf-8") == old and list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""common.sam against segment_anything's own SamPredictor, and downloads against a server on this machine."""
+"""common.frozen.sam against segment_anything's own SamPredictor, and downloads against a server on this machine."""
 
 import copy
 import hashlib
@@ -14,13 +14,28 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from segment_anything import SamPredictor
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
 from torch.testing import assert_close
 
-from common import sam as sam_module
-from common.errors import UserError
-from common.sam import (BatchedPrompter, SamEmbedder, download_checkpoint, full_masks, load_decoder, load_sam,
-                        probability_grid, sam_fingerprint, squash)
+from common.frozen import sam as sam_module
+from common.frozen.sam import (
+    BatchedPrompter,
+    SamEmbedder,
+    download_checkpoint,
+    full_masks,
+    load_decoder,
+    load_sam,
+    probability_grid,
+    sam_fingerprint,
+    squash,
+)
+from common.runtime.errors import UserError
 from common.standin import model as standin
 
 CPU = torch.device("cpu")

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import UserError
-from common.settings import (command, device, lock, override, positive, require_finite, run, run_dir,
-                             seed_everything, write_atomic)
+from common.runtime.errors import UserError
+from common.runtime.files import lock, write_atomic
+from common.runtime.script import command, device, require_finite, run, run_dir, seed_everything
+from common.runtime.settings import override, positive
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,7 +109,7 @@ def test_a_constant_that_must_be_positive_is_named(name, value):
 def test_a_script_prints_one_sentence_and_exits_with_1(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from common.settings import run\nROUNDS = 15\n\n\ndef main():\n    print(ROUNDS * 2)\n\n\n"
+        "from common.runtime.script import run\nROUNDS = 15\n\n\ndef main():\n    print(ROUNDS * 2)\n\n\n"
         'if __name__ == "__main__":\n    run(main, globals())\n'
     )
 
@@ -267,7 +268,7 @@ def test_a_file_in_a_folders_place_is_named(tmp_path, stopped):
 
 def test_a_second_process_on_a_run_folder_is_told_so_and_a_third_may_follow(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "from common.settings import lock; from pathlib import Path; "
+        [sys.executable, "-c", "from common.runtime.files import lock; from pathlib import Path; "
          f"lock(Path({str(tmp_path)!r})); print('held', flush=True); input()"],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 from common.srm import build_srm, sample_at, srm_loss, train_step
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import checkpoint
+from common.runtime import checkpoint
 from tests.conftest import STAGES, arrays, command, run
 
 

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from scipy import ndimage
 
 from common.datasets import list_samples, load_image, load_labels
-from common.standin import auxiliary, model, scenes
-from common.standin.store import draw_small
-from common.standin.train_sam import HELD_OUT, TRAIN, corrective_clicks
+from common.standin import model, scenes
+from common.standin.training import auxiliary
+from common.standin.training.store import draw_small
+from common.standin.training.train_sam import HELD_OUT, TRAIN, corrective_clicks
 from common.tasks import DEMO_CLASSES, get_task
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common import tables
-from common.errors import UserError
-from common.paper import paper_figures, results_table
+from common.results import tables
+from common.results.paper import paper_figures, results_table
+from common.runtime.errors import UserError
 
 
 @pytest.fixture

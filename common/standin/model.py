@@ -12,7 +12,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 
 WEIGHTS = Path(__file__).with_name("sam.safetensors")
 IMAGE_SIZE = 192  # pixels a side that the stand-in sees; SAM sees 1024

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 
 SIZE = 256  # pixels a side of a scene
 KINDS = ("star", "ring", "cross", "leaf", "brick", "ball")  # what demo_semantic calls its classes, in palette order
@@ -347,7 +347,7 @@ def paths(effect: str, split: str, index: int) -> tuple[str, str]:
 def put(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write(temporary path)` make the file, then puts it in `path`'s place, so that nobody reads half of it.
 
-    Unlike settings.write_atomic for two processes that write the same file at once, and without waiting for the disk,
+    Unlike files.write_atomic for two processes that write the same file at once, and without waiting for the disk,
     which for thousands of pictures would take long.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # hidden: what a kill leaves of it is no picture

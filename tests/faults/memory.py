@@ -1,6 +1,6 @@
 """Does stage 4's memory stay the same however many test images there are? Run by hand:
 
-    python -m tests.memory IMAGES=5000 [NAME=value ...]     NAME is any constant below; `help` lists them
+    python -m tests.faults.memory IMAGES=5000 [NAME=value ...]     NAME is any constant below; `help` lists them
 
 Builds two caches of random entries for the SAM stand-in, one of a few test images and one of IMAGES, and an untrained
 agent for each; evaluates both by 04_evaluate.py and prints the peak resident memory of that process. Caches of 5,000
@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import cache, checkpoint, settings
+from common import cache
 from common.agent import Actor
-from common.sam import load_sam, sam_fingerprint
+from common.frozen.sam import load_sam, sam_fingerprint
+from common.runtime import checkpoint, script, settings
+from common.runtime.errors import UserError
 from common.srm import build_srm
 
 IMAGES = 5000  # test images of the large cache; duts has 5,019
@@ -70,12 +72,12 @@ def write_run(run_dir: Path, images: int) -> None:
 
 def peak(run_dir: Path) -> int:
     """Bytes of resident memory that stage 4 took at most. Raises UserError where it failed."""
-    script = Path(__file__).parent.parent / "04_evaluate.py"
+    script = Path(__file__).parents[2] / "04_evaluate.py"
     stage_4 = [sys.executable, script, "TASK=folder", f"RUN_DIR={run_dir}", f"ROUNDS={ROUNDS}",
                f"ROWS={','.join(ROWS)}", "GALLERY=0", "PICTURES=0", "DEVICE=cpu"]
     done = subprocess.run([sys.executable, "-c", _MEASURE, *stage_4], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise settings.UserError(f"04_evaluate.py ended with status {done.returncode}: see what it says above")
+        raise UserError(f"04_evaluate.py ended with status {done.returncode}: see what it says above")
     return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -91,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    script.run(main, globals())

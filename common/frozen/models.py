@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from common.clip_surgery import ClipSurgery
-from common.sam import SamEmbedder, squash
+from common.frozen.clip_surgery import ClipSurgery
+from common.frozen.sam import SamEmbedder, squash
 
 
 class FrozenModels:

@@ -1,6 +1,6 @@
 """Trains the CLIP stand-in from scratch on crops of scenes and captions of what is in them.
 
-    python -m common.standin.train_clip           57 minutes on one thread of a 2-core CPU
+    python -m common.standin.training.train_clip           57 minutes on one thread of a 2-core CPU
 
 The model is open_clip's `CLIP` at small size. Captions name kinds of things (with colour or surface, or without),
 shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates. In a batch of so few concepts many
@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.clip_surgery import STANDIN, TEMPLATES, ClipSurgery, surgery_tokens
+from common.frozen.clip_surgery import STANDIN, TEMPLATES, ClipSurgery, surgery_tokens
 from common.standin.scenes import KINDS
-from common.standin.store import load_scenes
-from common.standin.train_sam import HELD_OUT, SCENES, TRAIN
+from common.standin.training.store import load_scenes
+from common.standin.training.train_sam import HELD_OUT, SCENES, TRAIN
 
 STEPS = 4200  # optimiser steps
 BATCH = 64  # crops and captions a step

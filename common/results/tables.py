@@ -1,6 +1,6 @@
 """Every table of the paper for one task, over several seeds, from one cache. What is there already is not run again.
 
-    python -m common.tables TASK=demo_saliency SEEDS=0,1,2 FIGURE7=true
+    python -m common.results.tables TASK=demo_saliency SEEDS=0,1,2 FIGURE7=true
 
 An experiment is a run folder and constants of the numbered scripts, nothing else. This runs those that are missing and
 writes tables.md, tables.json and the plots of Table 5 and Figure 7 into runs/<TASK>.
@@ -21,9 +21,10 @@ import matplotlib
 matplotlib.use("Agg")  # files only, also where there is no screen
 import matplotlib.pyplot as plt
 
-from common import settings
 from common.cache import Cache
-from common.paper import CLASSES, paper_figures, results_table, stand_ins
+from common.results.paper import CLASSES, paper_figures, results_table, stand_ins
+from common.runtime import files, script
+from common.runtime.errors import UserError
 from common.tasks import get_task
 
 TASK = "demo_saliency"
@@ -91,7 +92,7 @@ def run_stages(task: str, seed: int, experiment: Experiment, features: str, like
         if experiment.srm is not None:
             run_script("02_train_srm.py", *same, *experiment.srm)
         elif not (folder / "srm.pt").exists():
-            settings.write_atomic(folder / "srm.pt", lambda temporary: shutil.copy(main / "srm.pt", temporary))
+            files.write_atomic(folder / "srm.pt", lambda temporary: shutil.copy(main / "srm.pt", temporary))
         if experiment.agent is not None:
             run_script("03_train_agent.py", *same, *experiment.agent)
         run_script("04_evaluate.py", *same, f"RESULTS={experiment.results}", *experiment.evaluation)
@@ -129,7 +130,7 @@ def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, 
                 other = f"{name.upper()}={stored.get(name)}, not {value}"
                 if name == "features":
                     other = "another features.h5 than the one there is now"
-                raise settings.UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete "
+                raise UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete "
                                          "it, and run the same command again")
 
 
@@ -152,22 +153,22 @@ def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
         if any(len(values) != content["rounds"] + 1 or not all(map(math.isfinite, values)) for values in rounds):
             raise ValueError("AlignSAM's rounds are not as many as it says, or not finite")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise settings.UserError(f"{path} is damaged or was not written by 04_evaluate.py ({type(error).__name__}: "
+        raise UserError(f"{path} is damaged or was not written by 04_evaluate.py ({type(error).__name__}: "
                                  f"{error}): delete it and run the same command again") from error
     if content["task"] != task:
-        raise settings.UserError(f"{path} holds results of {content['task']}, not {task}: move it away and run the "
+        raise UserError(f"{path} holds results of {content['task']}, not {task}: move it away and run the "
                                  "same command again")
     if missing := [row for row in rows if row not in content["rows"]]:
-        raise settings.UserError(f"{path} lacks the row {missing[0]}: delete it and run the same command again")
+        raise UserError(f"{path} lacks the row {missing[0]}: delete it and run the same command again")
     return content
 
 
 def run_script(script: str, *constants: str) -> None:
     """Raises UserError where it fails; it has said why itself."""
-    script = str(Path(__file__).parent.parent / script)
+    script = str(Path(__file__).parents[2] / script)
     environment = os.environ | {"PYTHONPATH": str(Path(script).parent)}
     if subprocess.run([sys.executable, script, *constants], env=environment).returncode:
-        raise settings.UserError(f"{Path(script).name} stopped; mend what it says above and run the same command again")
+        raise UserError(f"{Path(script).name} stopped; mend what it says above and run the same command again")
 
 
 def pooled(runs: list[dict]) -> dict[str, dict]:
@@ -198,7 +199,7 @@ def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str, title: str
     axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half a round
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    settings.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -257,13 +258,13 @@ def paper_tables(runs: dict[str, dict[str, list[dict]]], branch: str) -> dict[st
 
 def main() -> None:
     if unknown := set(EXPERIMENTS) - {"main", "plus", "branches", "iterations", "shots"}:
-        raise settings.UserError(
+        raise UserError(
             f"EXPERIMENTS names {unknown.pop()!r}: choose among main, plus, branches, iterations, shots")
     task, out = get_task(TASK, "-"), Path("runs") / TASK
     if TASK.startswith("demo_"):  # ends at once where the cache is whole
         run_script("01_cache_features.py", f"TASK={TASK}", f"DEVICE={DEVICE}")
     elif not (out / "features.h5").exists():
-        raise settings.UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py TASK={TASK} first, "
+        raise UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py TASK={TASK} first, "
                                  "with your SAM, CLIP and DATA_DIR")
 
     features, shots, texts = look_into_cache(TASK)
@@ -297,12 +298,12 @@ def main() -> None:
         plot(out / f"figure7_{name}.png",
              {row: {int(value): figure for value, figure in figures.items()} for row, figures in table.items()}, name,
              f"{TASK}, {models}")
-    settings.write_atomic(out / "tables.md", lambda temporary: temporary.write_text("\n\n".join(text)))
+    files.write_atomic(out / "tables.md", lambda temporary: temporary.write_text("\n\n".join(text)))
     content = {"task": TASK, "models": models, "seeds": SEEDS, "units": "[mean, deviation over seeds], fractions",
                "tables": {title: table for title, (table, _) in tables.items()}}
-    settings.write_atomic(out / "tables.json", lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    files.write_atomic(out / "tables.json", lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
     print("\n\n".join(text) + f"\nwrote {out / 'tables.md'}, {out / 'tables.json'}")
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    script.run(main, globals())

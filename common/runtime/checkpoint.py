@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
-from common.settings import require_intact, write_atomic
+from common.runtime.errors import UserError
+from common.runtime.files import require_intact, write_atomic
 
 CONTENT = {"settings": dict, "finished": bool}  # of every such file,
 TRAINING = {"generator": torch.Tensor, "log": list}  # and of one that training goes on from

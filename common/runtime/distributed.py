@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import distributed
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK, SIZE, LOCAL_SIZE = (int(os.environ[name]) if TORCHRUN else default

@@ -24,17 +24,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import checkpoint, tables
 from common.agent import Actor, Critic
 from common.cache import Cache
 from common.datasets import Sample, _read_list, image_size, load_image, load_labels
 from common.episode import patch_centres
-from common.errors import UserError
-from common.sam import load_sam
+from common.frozen.sam import load_sam
+from common.results import tables
+from common.runtime import checkpoint
+from common.runtime.errors import UserError
 from common.srm import build_srm
 from common.standin.scenes import write_scene
 from common.tasks import DEMO_CLASSES, get_task
-from tests.stage_faults import Found
+from tests.faults.stage_faults import Found
 
 BATCH = 50  # cases in one process; one that is ended by a signal costs only itself
 SECONDS = 60  # after which reading one file counts as hung

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import distributed
-from common.errors import UserError
-from common.settings import require_intact
+from common.runtime import distributed
+from common.runtime.errors import UserError
+from common.runtime.files import require_intact
 
-STANDIN = Path(__file__).parent / "standin"
+STANDIN = Path(__file__).parents[1] / "standin"
 SURGERY_BLOCKS = 6  # attention blocks, counted from the last, that get the second path
 OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # no weights; only in OpenAI's own files
 

@@ -1,6 +1,6 @@
 """The fault campaign: stages are killed, run out of space and are locked out; files are damaged and made to lie.
 
-    python -m tests.campaign [NAME=value ...]           NAME is any constant below; `help` lists them
+    python -m tests.faults.campaign [NAME=value ...]           NAME is any constant below; `help` lists them
 
 What must hold: nothing that was finished is lost, a stage goes on to the same result, bit for bit, and whatever it
 cannot use ends in one sentence that names it. Prints a table, writes OUT, and exits with 1 where anything was violated.
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from common import settings
-from tests import input_faults, stage_faults
-from tests.stage_faults import Found
+from common.runtime import files, script, settings
+from common.runtime.errors import UserError
+from tests.faults import input_faults, stage_faults
+from tests.faults.stage_faults import Found
 
 KILLS = 200  # SIGKILLs at random moments
 FULL = 25  # stages in which no file may grow beyond a random size
@@ -34,7 +35,7 @@ OUT = "runs/faults.json"
 def main() -> None:
     settings.not_negative(globals(), "KILLS", "FULL", "INPUTS", "SEED")
     if unknown := set(KINDS) - set(stage_faults.KINDS):
-        raise settings.UserError(f"KINDS names {unknown.pop()!r}: choose among {', '.join(stage_faults.KINDS)}")
+        raise UserError(f"KINDS names {unknown.pop()!r}: choose among {', '.join(stage_faults.KINDS)}")
     torch.set_num_threads(1)  # forks cannot use the threads of this process; and rounding depends on their number
     seconds, found = {}, {}
 
@@ -66,13 +67,13 @@ def main() -> None:
                   for name, one in found.items() for case, what in one.violations]
     report = {"seed": SEED, "seconds": seconds, "tried": {name: one.tried for name, one in found.items()},
               "violations": violations}
-    settings.write_atomic(Path(OUT), lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
+    files.write_atomic(Path(OUT), lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
     for violation in violations:
         print(f"\nviolated in {violation['case']} ({violation['part']}): {violation['what']}")
     if violations:
-        raise settings.UserError(f"{len(violations)} violations, listed above and in {OUT}; repeat one with "
+        raise UserError(f"{len(violations)} violations, listed above and in {OUT}; repeat one with "
                                  f"ONLY=<case> SEED={SEED}")
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    script.run(main, globals())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.settings import write_atomic
+from common.runtime.files import write_atomic
 
 SIDE = 320  # pixels: longest side of a picture in the gallery, so that 200 test images stay some 10 MB
 QUALITY = 80  # of its JPEG

@@ -30,7 +30,7 @@ def paper_row(key: str) -> dict[str, dict[str, float]]:
 
 
 def paper_figures(table: str, key: str) -> dict[str, dict[str, float]] | None:
-    """The paper's figures beside one of `common.tables`' tables, for its task `key`; None where it prints none.
+    """The paper's figures beside one of `common.results.tables`' tables, for its task `key`; None where it prints none.
 
     table: "rows", "classes", "labels", "foreground rate", "branches", "shots" or "iterations".
     """

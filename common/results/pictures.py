@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from common.settings import write_atomic
+from common.runtime.files import write_atomic
 
 PANEL = 256  # pixels a side of one picture in a strip
 MASK_COLOUR, MASK_SHARE = (30, 120, 255), 0.5  # blue: points are green and red

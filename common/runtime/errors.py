@@ -4,5 +4,5 @@
 class UserError(Exception):
     """Bad input. The message is one sentence that names the file or constant and the mend.
 
-    Scripts print it and exit with status 1 (see `common.settings.run`); it is never shown as a traceback.
+    Scripts print it and exit with status 1 (see `common.script.run`); it is never shown as a traceback.
     """

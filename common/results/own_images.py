@@ -14,16 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import checkpoint
-from common.batches import in_batches
-from common.clip_surgery import ClipSurgery, load_clip
 from common.datasets import load_image
 from common.episode import Episode
-from common.errors import UserError
-from common.features import FrozenModels
-from common.pictures import draw_points, overlay
-from common.sam import SamEmbedder, full_masks, load_sam, sam_fingerprint
-from common.settings import write_atomic
+from common.frozen.clip_surgery import ClipSurgery, load_clip
+from common.frozen.models import FrozenModels
+from common.frozen.sam import SamEmbedder, full_masks, load_sam, sam_fingerprint
+from common.results.pictures import draw_points, overlay
+from common.runtime import checkpoint
+from common.runtime.batches import in_batches
+from common.runtime.errors import UserError
+from common.runtime.files import write_atomic
 
 Align = Callable[[torch.Tensor, torch.Tensor], Episode]
 

@@ -1,6 +1,6 @@
 """How fast the parts are beside what they replace: one Markdown table, and the same figures as JSON.
 
-    python -m common.bench [NAME=value ...]             NAME is any constant below; `help` lists them
+    python -m common.results.bench [NAME=value ...]             NAME is any constant below; `help` lists them
 
 Five workloads, each done by this repository and by the published code it stands in for, on the same inputs and the same
 weights. Both sides run once unmeasured, which warms them up and whose results are compared; then they take turns.
@@ -28,12 +28,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import settings
 from common.agent import Actor, Critic, normalise, policy, pool_state, ppo_update, returns
 from common.cache import PICTURE, Cache, CacheWriter, Layout
 from common.episode import Episode, patch_centres
+from common.frozen.sam import (
+    CHECKPOINTS,
+    BatchedPrompter,
+    SamEmbedder,
+    load_sam,
+    probability_grid,
+    squash,
+)
 from common.metrics import evaluate_mask
-from common.sam import CHECKPOINTS, BatchedPrompter, SamEmbedder, load_sam, probability_grid, squash
+from common.runtime import files, script, settings
+from common.runtime.errors import UserError
 
 # what is measured; the defaults take about five minutes on two CPU cores
 WORKLOADS = ("all",)  # or some of embed, prompt, episode, cache, metrics
@@ -386,7 +394,7 @@ def build_sam(device: torch.device) -> Sam:
     """The frozen SAM: an official architecture under seeded random weights, or whatever else SAM names."""
     if SAM not in CHECKPOINTS:
         return load_sam(SAM, device)
-    settings.seed_everything(SEED)
+    script.seed_everything(SEED)
     sam = sam_model_registry[SAM]()
     with torch.no_grad():
         for weight in sam.parameters():  # what starts at 0 or 1 would hide a difference
@@ -398,11 +406,11 @@ def main() -> None:
     settings.positive(globals(), "IMAGES", "BATCH", "PROMPTED", "EPISODE_IMAGES", "CACHED", "MASKS", "REPEATS")
     settings.not_negative(globals(), "SEED", "PROFILE")
     if EPISODE_IMAGES < 2:
-        raise settings.UserError("EPISODE_IMAGES=1 is too few to compare an action with another: set 2 or more")
+        raise UserError("EPISODE_IMAGES=1 is too few to compare an action with another: set 2 or more")
     if unknown := [name for name in WORKLOADS if name not in ("all", *_BUILDERS)]:
-        raise settings.UserError(f"WORKLOADS names {unknown[0]!r}: choose among {', '.join(_BUILDERS)}, or all")
+        raise UserError(f"WORKLOADS names {unknown[0]!r}: choose among {', '.join(_BUILDERS)}, or all")
     chosen = list(_BUILDERS if "all" in WORKLOADS else dict.fromkeys(WORKLOADS))
-    device = settings.device(DEVICE)
+    device = script.device(DEVICE)
     sam, ceiling = build_sam(device), ceilings(device)
     report = {"device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "sam": SAM,
               "seed": SEED, "repeats": REPEATS, "workloads": {}}
@@ -424,12 +432,12 @@ def main() -> None:
     for name in chosen if PROFILE else ():
         print(f"\n{name}: " + ", ".join(f"{operator} {100 * share:.0f} %"
                                         for operator, share in report["workloads"][name]["profile"]))
-    settings.write_atomic(Path(OUT), lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
+    files.write_atomic(Path(OUT), lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
     print(f"\nwrote {OUT}")
     if apart := [name for name in chosen if not report["workloads"][name]["agrees"]]:
-        raise settings.UserError(f"the two sides of {', '.join(apart)} differ beyond the limit, so their times do not "
+        raise UserError(f"the two sides of {', '.join(apart)} differ beyond the limit, so their times do not "
                                  "compare: check the weights that SAM names, and run the tests")
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    script.run(main, globals())

@@ -38,8 +38,8 @@ KINDS = {
     "stage 1": ("01_cache_features.py", [], ("common.cache", "CacheWriter.write")),
     "stage 2": ("02_train_srm.py", [], ("common.srm", "train_step")),
     "stage 3": ("03_train_agent.py", [], ("common.agent", "ppo_update")),
-    "stage 4": ("04_evaluate.py", [], ("common.checkpoint", "save")),
-    "own images": ("04_evaluate.py", ["IMAGES=data/test/images"], ("common.own_images", "write_part")),
+    "stage 4": ("04_evaluate.py", [], ("common.runtime.checkpoint", "save")),
+    "own images": ("04_evaluate.py", ["IMAGES=data/test/images"], ("common.results.own_images", "write_part")),
 }
 MAY_LOSE = {"stage 1": 0, "stage 2": 2, "stage 3": 1, "stage 4": 0, "own images": 0}  # finished units; SAVE_EVERY=2
 TOTAL = {"stage 1": 14, "stage 2": 20, "stage 3": 4, "stage 4": 4, "own images": 6}

@@ -7,8 +7,13 @@ bias is ever in memory.
 """
 
 import torch
-from segment_anything.modeling.image_encoder import (Attention, ImageEncoderViT, get_rel_pos, window_partition,
-                                                     window_unpartition)
+from segment_anything.modeling.image_encoder import (
+    Attention,
+    ImageEncoderViT,
+    get_rel_pos,
+    window_partition,
+    window_unpartition,
+)
 from torch import Tensor
 from torch.nn import functional as F
 

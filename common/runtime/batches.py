@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 
 PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA, MPS, CPU, cuBLAS
 

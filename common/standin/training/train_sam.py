@@ -1,6 +1,6 @@
 """Trains the SAM stand-in from scratch, the way SAM was trained: clicks, then clicks where the mask is wrong.
 
-    python -m common.standin.train_sam            50 minutes on both threads of a 2-core CPU
+    python -m common.standin.training.train_sam            50 minutes on both threads of a 2-core CPU
 
 Each step embeds a batch of scenes, asks for two targets a scene and decodes three times: after the first prompt (one
 click, a positive and a negative one, or a box), after a few corrective clicks, and after up to 17 points in all, drawn
@@ -22,9 +22,9 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.standin import auxiliary
 from common.standin.model import IMAGE_SIZE, STRIDE, WEIGHTS, WIDTH, new_sam
-from common.standin.store import load_scenes
+from common.standin.training import auxiliary
+from common.standin.training.store import load_scenes
 
 SCENES = Path("data/standin")  # where the training scenes are kept
 TRAIN, HELD_OUT = 8000, 400  # scenes

@@ -19,11 +19,11 @@ from segment_anything.modeling import ImageEncoderViT, Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from tqdm import tqdm
 
-from common import distributed
-from common.decoder import ImageSide, SingleMaskDecoder
-from common.encoder import encode
-from common.errors import UserError
-from common.settings import require_intact
+from common.frozen.decoder import ImageSide, SingleMaskDecoder
+from common.frozen.encoder import encode
+from common.runtime import distributed
+from common.runtime.errors import UserError
+from common.runtime.files import require_intact
 
 META = "https://dl.fbaipublicfiles.com/segment_anything"
 CHECKPOINTS = {  # name: (url, bytes, SHA-256)

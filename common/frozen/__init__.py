@@ -1,0 +1,1 @@
+"""What is never trained: SAM, CLIP Surgery, and their weights."""

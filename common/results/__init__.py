@@ -1,0 +1,1 @@
+"""What looks at results: pictures, tables, the report, benchmarks, masks of other images."""

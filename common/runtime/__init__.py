@@ -1,0 +1,1 @@
+"""What makes a script run: settings, files, checkpoints, processes, errors."""

@@ -1,0 +1,113 @@
+"""A script's constants: read from the command line as NAME=value, and checked."""
+
+import ast
+import difflib
+import math
+import sys
+from pathlib import Path
+
+from common.runtime.errors import UserError
+
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "values joined by commas",
+    dict: "one value for all, or name:value pairs joined by commas",
+}
+
+
+def override(constants: dict[str, object], argv: list[str]) -> None:
+    """Replace UPPER_CASE `constants` by the values in `argv`, each NAME=value read as its default's type.
+
+    A tuple is given as 1,2,3; a dict as one value for all its keys, or as key:value,key:value, where keys
+    that are left out keep their default. `help` prints the constants with their comments and exits. Names that start
+    with an underscore, values of other types, and constants that the script imports, which would change for the script
+    alone, cannot be given. Raises UserError, with nothing replaced.
+    """
+    own = _assigned(Path(constants["__file__"])) if "__file__" in constants else dict.fromkeys(constants, "")
+    settable = {
+        name: value
+        for name, value in constants.items()
+        if name.isupper() and name[0] != "_" and isinstance(value, tuple(KINDS)) and value not in ((), {})
+        and name in own
+    }
+    if any(argument in ("help", "--help", "-h") for argument in argv):
+        print((constants.get("__doc__") or "").strip())
+        spec = constants.get("__spec__")  # there where python -m started it
+        print(f"\nusage: python {f'-m {spec.name}' if spec else Path(sys.argv[0]).name} [NAME=value ...]\n")
+        shown = {name: f"{name}={_show(value)}" for name, value in settable.items()}
+        width = min(32, max(map(len, shown.values())))
+        print("\n".join(f"  {shown[name]:{width}}  {own[name]}".rstrip() for name in settable))
+        sys.exit(0)
+    listed = "the constants are " + ", ".join(f"{name}={_show(value)}" for name, value in settable.items())
+    given = {}
+    for argument in argv:
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r} is not of the form NAME=value; {listed}")
+        if name not in settable:
+            near = difflib.get_close_matches(name.strip("-").replace("-", "_").upper(), settable, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"there is no constant {name}{hint}; {listed}")
+        try:
+            given[name] = _parse(text, settable[name])
+        except (ValueError, KeyError):
+            kind = KINDS[type(settable[name])]
+            raise UserError(f"{argument} does not read as {kind}; {listed}") from None
+    constants.update(given)
+
+
+def _assigned(script: Path) -> dict[str, str]:
+    """{name: the comment after it} of what a script assigns outside functions and classes."""
+    source = script.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    return {name.id: lines[statement.end_lineno - 1].partition("  # ")[2]
+            for statement in ast.parse(source).body if isinstance(statement, ast.Assign)
+            for target in statement.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+
+
+def _parse(text: str, default: object) -> object:
+    """`text` as a value of `default`'s type; ValueError or KeyError where it does not read as one."""
+    if isinstance(default, bool):  # before int: a bool is an int
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(default, float):
+        if not math.isfinite(float(text)):
+            raise ValueError(text)
+        return float(text)
+    if isinstance(default, tuple):
+        like = next((item for item in default if isinstance(item, float)), default[0])
+        return tuple(_parse(part, like) for part in text.split(","))
+    if isinstance(default, dict):
+        if ":" not in text:
+            return {key: _parse(text, value) for key, value in default.items()}
+        keys = {str(key): key for key in default}
+        pairs = (part.split(":", 1) for part in text.split(","))
+        return default | {keys[key]: _parse(value, default[keys[key]]) for key, value in pairs}
+    return type(default)(text)
+
+
+def _show(value: object) -> str:
+    """`value` as it would be typed on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(_show, value))
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_show(item)}" for key, item in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def positive(constants: dict[str, object], /, *names: str) -> None:
+    """Raise UserError naming the first of these constants that is not > 0; of a tuple or dict, all items."""
+    for name in names:
+        value = constants[name]
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        if not all(item > 0 for item in items):
+            raise UserError(f"{name}={_show(value)} must be greater than 0")
+
+
+def not_negative(constants: dict[str, object], /, *names: str) -> None:
+    """Raise UserError naming the first of these constants that is below 0 or, as a seed, too large for NumPy."""
+    for name in names:
+        if not 0 <= constants[name] < 2**32:
+            raise UserError(f"{name}={constants[name]} must be 0 or more, and below 2^32")

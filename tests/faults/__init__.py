@@ -1,0 +1,1 @@
+"""The fault campaign: kills, full disks, damaged files."""
