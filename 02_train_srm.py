@@ -113,7 +113,7 @@ def main() -> None:
     if path.exists():
         saved = checkpoint.load(path, script.command("02_train_srm.py", globals()), step=int,
                                 **checkpoint.TRAINING)
-        checkpoint.require_same(path, saved["settings"], chosen)
+        settings.require_same(path, saved["settings"], chosen)
         checkpoint.restore(path, saved, srm=srm, optimizer=optimizer, generator=generator)
         log, step = saved["log"], saved["step"]
 

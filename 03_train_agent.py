@@ -75,7 +75,7 @@ def main() -> None:
     stage_2_command = script.command("02_train_srm.py", globals(), ("SHOTS", "SEED"))
     stage_2 = checkpoint.load(srm_path, stage_2_command, **checkpoint.TRAINING)
     checkpoint.require_finished(srm_path, stage_2, stage_2_command)
-    checkpoint.require_same(srm_path, stage_2["settings"],
+    settings.require_same(srm_path, stage_2["settings"],
                             {"task": TASK, "shots": SHOTS, "features": features.identity()})
     branch, residual, every_text = (stage_2["settings"][name] for name in ("branch", "residual", "every_text"))
     files.lock(run_dir)
@@ -99,7 +99,7 @@ def main() -> None:
     log, first = [], 1
     if path.exists():  # from where a killed run stopped
         saved = checkpoint.load(path, script.command("03_train_agent.py", globals()), **checkpoint.TRAINING)
-        checkpoint.require_same(path, saved["settings"], chosen)
+        settings.require_same(path, saved["settings"], chosen)
         checkpoint.restore(path, saved, **learning, generator=generator)
         log, first = saved["log"], len(saved["log"]) + 1
 

@@ -143,11 +143,11 @@ def main() -> None:
     path, maker = run_dir / "agent.pt", script.command("03_train_agent.py", globals())
     trained = checkpoint.load(path, maker, **checkpoint.TRAINING)
     checkpoint.require_finished(path, trained, maker)
-    checkpoint.require_same(path, trained["settings"], {"task": TASK, "features": features.identity()})
+    settings.require_same(path, trained["settings"], {"task": TASK, "features": features.identity()})
     srm_path = run_dir / "srm.pt"
     if srm_path.exists():  # trained again since, it is not what this agent and its SRM grew from
         stage_2 = checkpoint.load(srm_path, script.command("02_train_srm.py", globals()), srm=dict)
-        checkpoint.require_same(path, trained["settings"], {"srm": checkpoint.fingerprint(stage_2["srm"])})
+        settings.require_same(path, trained["settings"], {"srm": checkpoint.fingerprint(stage_2["srm"])})
     files.lock(run_dir)
     channels, residual = json.loads(features.attrs["embedding"])[0], trained["settings"]["residual"]
     actor, srm = Actor(channels).to(device).eval(), build_srm(trained["settings"]["branch"], channels).to(device).eval()

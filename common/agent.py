@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
-from common.layers import ChannelNorm
+from common.layers import conv_block
 
 WIDTH = 32  # channels of actor and critic: 50 images cannot train more
 LOGIT_SCALE = 10  # of the actor's output: at the paper's learning rate, E K steps move an unscaled logit too little
@@ -13,8 +13,7 @@ LOGIT_SCALE = 10  # of the actor's output: at the paper's learning rate, E K ste
 
 def trunk(channels: int) -> nn.Sequential:
     """(B, C, g, g) to (B, WIDTH, g, g), one feature per action. The norms keep places visible where M is small."""
-    return nn.Sequential(nn.Conv2d(channels, WIDTH, 1), ChannelNorm(WIDTH), nn.GELU(),
-                         nn.Conv2d(WIDTH, WIDTH, 3, padding=1), ChannelNorm(WIDTH), nn.GELU())
+    return nn.Sequential(*conv_block(channels, WIDTH, 1), *conv_block(WIDTH, WIDTH, 3))
 
 
 class Actor(nn.Module):

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.layers import ChannelNorm
+from common.layers import attention, conv_block, split_heads
 from common.runtime.errors import UserError
 
 WIDTH = 64  # channels inside either branch: 50 images cannot train more
 HEADS = 4  # of the explicit branch's self-attention
 JOIN_KERNEL = 1  # of the convolutions that join s_c and s_t: with 3 fifty samples of six classes are learnt by heart
 CHANNEL_DROP = 0.4  # share of F's channels hidden from a sample in training: 50 images are soon learnt by heart
-
-
-def conv_block(before: int, after: int, kernel: int = 3) -> nn.Sequential:
-    """(B, before, h, w) to (B, after, h, w). The norm keeps places visible where M, and so F * M, is small."""
-    return nn.Sequential(nn.Conv2d(before, after, kernel, padding=kernel // 2), ChannelNorm(after), nn.GELU())
 
 
 class ImplicitSRM(nn.Module):
@@ -54,9 +49,9 @@ class ExplicitSRM(nn.Module):
         """s_c and s_t, (B, C, h, w) each, to logits of y_r (B, h, w), Eq. 12."""
         x = self.join(torch.cat([s_c, s_t], 1))
         tokens = x.flatten(2).transpose(1, 2)  # (B, h w, WIDTH)
-        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2)
-                   for part in self.query_key_value(self.norm(tokens)).chunk(3, 2))
-        tokens = self.attended(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.query_key_value(self.norm(tokens)).chunk(3, 2)
+        q, k, v = split_heads(q, HEADS), split_heads(k, HEADS), split_heads(v, HEADS)
+        tokens = self.attended(attention(q, k, v))
         x = x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
         return self.head(self.decode(x))[:, 0]
 

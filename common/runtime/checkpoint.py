@@ -81,20 +81,6 @@ def restore(path: Path, content: dict, **parts: torch.nn.Module | torch.optim.Op
                         "and run its stage again, or name another RUN_DIR") from error
 
 
-def require_same(path: Path, stored: dict, settings: dict) -> None:
-    """Raises UserError naming the first of the present settings that contradicts those stored in `path`.
-
-    "features" and "srm" are fingerprints of the files that `path` was made from; the others are constants.
-    """
-    for name, value in settings.items():
-        if name in ("features", "srm") and stored.get(name) != value:
-            raise UserError(f"{path} was made from another {name} file than the one there is now: delete it and run "
-                            "its stage again, or name another RUN_DIR")
-        if stored.get(name) != value:
-            raise UserError(f"{path} was made with {name.upper()}={stored.get(name)}, and now it is {value}: set it "
-                            "back, name another RUN_DIR, or delete the file")
-
-
 def require_finished(path: Path, content: dict, stage: str) -> None:
     """Raises UserError where the stage that writes `path` was stopped before its end."""
     if not content["finished"]:

@@ -1,4 +1,4 @@
-"""A script's constants: read from the command line as NAME=value, and checked."""
+"""A script's constants: read from the command line as NAME=value, checked, and compared with a file's."""
 
 import ast
 import difflib
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from common.runtime.errors import UserError
 
+MEND = "set it back, name another RUN_DIR, or delete the file"
+FINGERPRINTS = ("features", "srm")  # settings that are fingerprints of files, not constants
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -111,3 +113,19 @@ def not_negative(constants: dict[str, object], /, *names: str) -> None:
     for name in names:
         if not 0 <= constants[name] < 2**32:
             raise UserError(f"{name}={constants[name]} must be 0 or more, and below 2^32")
+
+
+def require_same(path: Path, stored: dict, wanted: dict, mend: str = MEND) -> None:
+    """Raises UserError at the first constant in which `path` differs from what is wanted of it.
+
+    stored: what `path` was made with. wanted: values by the constants' names in lower case. Names in
+    FINGERPRINTS stand for files that `path` was made from. mend: what to do, as the sentence's end.
+    """
+    for name, value in wanted.items():
+        if stored.get(name) == value:
+            continue
+        if name in FINGERPRINTS:
+            raise UserError(f"{path} was made from another {name} file than the one there is now: "
+                            f"{mend}")
+        raise UserError(f"{path} was made with {name.upper()}={stored.get(name)}, and now it is "
+                        f"{value}: {mend}")
