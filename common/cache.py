@@ -282,7 +282,7 @@ class TrainingSet:
     every_truth: torch.Tensor  # y of all K texts, float32 (S, K, h, w)
     present: torch.Tensor  # which of the texts the image holds, bool (S, K), on the CPU
     truth_centres: torch.Tensor  # y at the patch centres, uint8 (S, P)
-    labels: list[np.ndarray]  # y, S uint8 (H, W)
+    label_maps: list[np.ndarray]  # y, S uint8 (H, W)
 
     def targets(self, rows: torch.Tensor, every_text: bool,
                 generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -374,7 +374,7 @@ class Cache:
             samples, self.embeddings(samples).float().to(device), self.maps(samples).to(device),
             self.truth_grid(samples).to(device), every_map.to(device), every_truth.to(device),
             torch.from_numpy(self.file["present"][:][samples[:, 0]] == 1), centres.to(device),
-            [self.labels(sample) for sample in samples])
+            [self.label_map(sample) for sample in samples])
 
     def _compare(self, dataset: str, row: int, values: np.ndarray) -> np.ndarray:
         """`values`, one image's part of a dataset. Raises UserError where they are not what was written."""
@@ -419,7 +419,7 @@ class Cache:
         return torch.from_numpy(np.stack([self._compare(dataset, int(row), self.file[dataset][int(row)])[int(text)]
                                           for row, text in samples]))
 
-    def labels(self, sample: Sequence[int]) -> np.ndarray:
+    def label_map(self, sample: Sequence[int]) -> np.ndarray:
         """uint8 (H, W), the image's own size: 1 = the sample's text, 0 = anything else, 255 = ignored."""
         row, text = sample
         flat = self._compare("labels", int(row), self.file["labels"][self._offsets[row] : self._offsets[row + 1]])

@@ -44,9 +44,11 @@ class Episode:
         """s_c = F * M_c (Eq. 11), (B, C, h, w), of all images or some; maps (B, h, w): M_c of other texts."""
         return self.embeddings[rows] * (self.maps[rows] if maps is None else maps)[:, None]
 
-    def action_state(self) -> Tensor:
-        """The state on the action grid, (B, C, 10, 10)."""
-        return pool_state(self.state(), round(len(self.centres) ** 0.5))
+    def action_state(self, mask: Tensor | None = None) -> Tensor:
+        """The state on the action grid, (B, C, 10, 10); mask (B, h, w): of another round's mask."""
+        mask = self.mask if mask is None else mask
+        state = spatial_state(self.embeddings, mask, self.residual)
+        return pool_state(state, round(len(self.centres) ** 0.5))
 
     @torch.no_grad()
     def foreground(self, srm: nn.Module) -> Tensor:
@@ -72,6 +74,10 @@ class Episode:
         self.allowed = self.allowed.scatter(1, actions[:, None], False)
         self.prompt(self.centres[actions][:, None], labels[:, None])
 
+    def start_from_truth(self, points: Tensor) -> None:
+        """P_0 in training: points (B, 2, 2) of `random_pixels`, the positive one first; M_0."""
+        self.prompt(points, torch.tensor([1, 0]).expand(len(points), 2))
+
     def start_without_truth(self, srm: nn.Module) -> None:
         """P_0 at test time: a positive point at the highest cell of y_r and a negative one at the lowest."""
         y_r = self.foreground(srm)
@@ -86,16 +92,16 @@ def spatial_state(embeddings: Tensor, mask: Tensor, residual: float) -> Tensor:
     return embeddings * (residual + (1 - residual) * mask)[:, None]
 
 
-def random_pixels(labels: list, generator: torch.Generator, frame: int) -> Tensor:
+def random_pixels(label_maps: list, generator: torch.Generator, frame: int) -> Tensor:
     """P_0 in training (Algorithm 1): for each label map (H, W), 1, 0 or 255, a random pixel of each of 1 and 0.
 
     Returns (B, 2, 2) points (x, y) in the frame, positive first, at pixel centres. Each map must hold both values.
     """
     points = []
-    for truth in labels:
+    for truth in label_maps:
         truth = torch.as_tensor(truth)
         for value in (1, 0):
             places = (truth == value).nonzero()
             row, column = places[torch.randint(len(places), (1,), generator=generator).item()].tolist()
             points.append([(column + 0.5) / truth.shape[1] * frame, (row + 0.5) / truth.shape[0] * frame])
-    return torch.tensor(points).view(len(labels), 2, 2)
+    return torch.tensor(points).view(len(label_maps), 2, 2)

@@ -13,6 +13,7 @@ from py_sod_metrics import (
     TNRHandler,
     TPRHandler,
 )
+from torch import Tensor
 
 from common.runtime.errors import UserError
 
@@ -77,6 +78,17 @@ def overlap(prediction: np.ndarray, truth: np.ndarray) -> float:
     truth = truth == 1
     union = np.count_nonzero((prediction & known) | truth)
     return np.count_nonzero(prediction & truth) / union if union else 1.0
+
+
+def grid_iou(mask: Tensor, truth: Tensor) -> float:
+    """Mean IoU of masks (B, h, w), foreground above 0.5, with y on the grid.
+
+    truth (B, h, w): foreground share of each cell, or -1 where there is no truth, which does not
+    count.
+    """
+    mask, foreground = (mask > 0.5) & (truth >= 0), truth > 0.5
+    union = (mask | foreground).sum((1, 2)).clamp(min=1)
+    return ((mask & foreground).sum((1, 2)) / union).mean().item()
 
 
 def e_measure(prediction: np.ndarray, truth: np.ndarray) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from common.runtime.errors import UserError
 from common.runtime.files import require_intact, write_atomic
+from common.runtime.settings import require_same
 
 CONTENT = {"settings": dict, "finished": bool}  # of every such file,
 TRAINING = {"generator": torch.Tensor, "log": list}  # and of one that training goes on from
@@ -22,6 +23,20 @@ def save(path: Path, content: dict) -> None:
     buffer = io.BytesIO()  # given a path, torch.save reports a full disk as a RuntimeError without a reason
     torch.save(content, buffer)
     write_atomic(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+
+def save_training(path: Path, made_with: dict, log: list[dict], finished: bool, **parts) -> None:
+    """Saves a training run as it is: what made it, its log, and `parts`, which `resume` puts back.
+
+    parts: modules, optimisers, generators, or plain numbers, by name.
+    """
+    content = {"settings": made_with, "log": log, "finished": finished}
+    for name, part in parts.items():
+        if isinstance(part, torch.Generator):
+            content[name] = part.get_state()
+        else:
+            content[name] = part.state_dict() if hasattr(part, "state_dict") else part
+    save(path, content)
 
 
 def load(path: Path, stage: str, **further: type) -> dict:
@@ -81,10 +96,30 @@ def restore(path: Path, content: dict, **parts: torch.nn.Module | torch.optim.Op
                         "and run its stage again, or name another RUN_DIR") from error
 
 
-def require_finished(path: Path, content: dict, stage: str) -> None:
-    """Raises UserError where the stage that writes `path` was stopped before its end."""
+def load_finished(path: Path, stage: str, wanted: dict) -> dict:
+    """The content of a file that training is done with; further raises UserError where it is not.
+
+    stage: the command that writes `path`. wanted: settings that it must have been made with.
+    """
+    content = load(path, stage, **TRAINING)
     if not content["finished"]:
         raise UserError(f"{path} is from an unfinished run: run {stage} again, it goes on where it stopped")
+    require_same(path, content["settings"], wanted)
+    return content
+
+
+def resume(path: Path, stage: str, made_with: dict, further: dict[str, type], **parts) -> dict | None:
+    """Puts a stopped run's state back into `parts` (see `restore`); None where there is none yet.
+
+    stage: the command that writes `path`. made_with: the settings that it must have been made with.
+    further: names and types of what it must hold beside `CONTENT` and `TRAINING`. Returns the content.
+    """
+    if not path.exists():
+        return None
+    content = load(path, stage, **TRAINING, **further)
+    require_same(path, content["settings"], made_with)
+    restore(path, content, **parts)
+    return content
 
 
 def write_log(path: Path, rows: list[dict]) -> None:
