@@ -1,15 +1,18 @@
 """What the agent is compared with: masks that need no prompting, CLIP Surgery's own points, and clicks of an oracle."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
+from common.cache import Cache
 from common.episode import Episode
-from common.frozen.sam import full_masks
+from common.frozen.sam import BatchedPrompter, full_masks
 from common.metrics import overlap
+from common.persam import PerSAM
 from common.srm import sample_at
 
 THRESHOLDS = np.linspace(0.05, 0.95, 19)  # tried for CLIP Surgery's map
@@ -55,3 +58,47 @@ def next_clicks(masks: list[np.ndarray], truths: list[np.ndarray], frame: int) -
         points.append([(column + 0.5) / truth.shape[1] * frame, (row + 0.5) / truth.shape[0] * frame])
         labels.append(int(truth[row, column] == 1))
     return torch.tensor(points, dtype=torch.float32)[:, None], torch.tensor(labels)[:, None]
+
+
+class Baselines(NamedTuple):
+    """The rows without rounds, and what they learn from the training samples."""
+
+    persam: PerSAM
+    targets: dict[int, Tensor]  # PerSAM's target embedding (C,) of each text; empty if not asked for
+    threshold: float | None  # of CLIP Surgery's map; None if not asked for
+
+    @classmethod
+    def prepare(cls, rows: list[str], cache: Cache, shots: int, prompter: BatchedPrompter,
+                device: torch.device) -> "Baselines":
+        """For these rows, from the first `shots` training samples (0: all)."""
+        samples = cache.samples("train")[:shots or None]
+        persam, targets, threshold = PerSAM(prompter.sam, prompter.frame), {}, None
+        for text in range(len(cache.texts)) if "PerSAM" in rows else ():
+            same = samples[samples[:, 1] == text]
+            if not len(same):
+                same = samples  # few shots of many classes leave some without: then all there are
+                print(f"PerSAM: no training sample shows {cache.texts[text]}, so its target is the "
+                      "mean of the others'")
+            targets[text] = persam.target(cache.embeddings(same).float().to(device),
+                                          cache.truth_grid(same).to(device))
+        if "CLIP Surgery alone" in rows:
+            label_maps = [cache.label_map(sample) for sample in samples]
+            threshold = best_threshold(cache.maps(samples), label_maps)
+        return cls(persam, targets, threshold)
+
+    def segment(self, row: str, episode: Episode, samples: np.ndarray, srm: nn.Module,
+                count: int) -> Tensor:
+        """Logits of a batch, (B, 4h, 4w), or (B, h, w) where SAM has no part in it.
+
+        samples: (B, 2). count: points of each label for CLIP Surgery's points.
+        """
+        if row == "PerSAM":
+            masks = [self.persam.segment(embedding, self.targets[text])[0]
+                     for embedding, (_, text) in zip(episode.embeddings, samples)]
+            return torch.stack(masks)
+        if row == "SRM alone":
+            return srm_alone(episode, srm)
+        if row == "CLIP Surgery alone":
+            return episode.maps - self.threshold
+        prompt_with_map(episode, count)  # "CLIP Surgery points"
+        return episode.logits

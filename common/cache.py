@@ -299,6 +299,7 @@ class Cache:
     def __init__(self, path: Path, file: h5py.File):
         self.path, self.file, self.attrs = path, file, _stored_attributes(file)
         self.texts: tuple[str, ...] = tuple(json.loads(self.attrs["texts"]))
+        self.channels: int = file["embeddings"].shape[1]  # C
         self.grid: tuple[int, int] = file["embeddings"].shape[2:]  # h, w
         self._names = [os.fsdecode(name) for name in file["names"][:]]
         self._sizes, self._offsets = file["sizes"][:], file["label_offsets"][:]

@@ -1,6 +1,7 @@
 """Mask metrics of one image and their averages, through the field's reference code, PySODMetrics."""
 
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 from py_sod_metrics import (
@@ -124,3 +125,65 @@ def average(per_image: list[dict[str, float]], classes: list[str] | None = None)
     }
     means = {name: fmean(row[name] for row in per_class.values()) for name in METRICS.values()}
     return means | {"per_class": per_class}
+
+
+class Score(NamedTuple):
+    """What one test sample's masks are worth, and what is drawn of them."""
+
+    number: int  # the sample's place in the test set
+    metrics: dict[str, float]  # `evaluate_mask` of the last mask
+    counts: tuple[int, int, int, int]  # `count_pixels` of the last mask
+    ious: list[float]  # `overlap` after each round, M_0 first
+    chosen: int  # patches that the row chose
+    hits: int  # those of them on foreground; ignored patches are none
+    pictures: dict = {}
+
+    @classmethod
+    def of(cls, number: int, masks: list[np.ndarray], truth: np.ndarray, chosen: int,
+           hits: int) -> "Score":
+        """masks: bool (H, W) after each round. truth: uint8 (H, W), 255 ignored."""
+        last, ious = masks[-1], [overlap(mask, truth) for mask in masks]
+        return cls(number, evaluate_mask(last, truth), count_pixels(last, truth), ious, chosen, hits)
+
+
+def count_pixels(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, int]:
+    """TP, FP, TN, FN of a bool mask (H, W) and a uint8 truth (H, W); 255 does not count."""
+    tp = int(np.count_nonzero(prediction & (truth == 1)))
+    fp = int(np.count_nonzero(prediction & (truth == 0)))
+    fn = int(np.count_nonzero(truth == 1)) - tp
+    tn = int(np.count_nonzero(truth == 0)) - fp
+    return tp, fp, tn, fn
+
+
+def pool(counts: list[tuple[int, int, int, int]]) -> dict[str, float]:
+    """{"IoU", "BER"} over the pixels of all images together, from their `count_pixels`.
+
+    Shadow detection counts BER so, and VOC its IoU. Where there is no foreground at all, or no
+    background, one error rate is undefined and BER is the other. An empty union is IoU 1.
+    """
+    tp, fp, tn, fn = (sum(column) for column in zip(*counts))
+    rates = [wrong / (right + wrong) for right, wrong in ((tp, fn), (tn, fp)) if right + wrong]
+    union = tp + fp + fn
+    return {"IoU": tp / union if union else 1.0, "BER": fmean(rates)}
+
+
+def summarise(scores: list[Score], classes: list[str] | None, rounds: int) -> dict:
+    """One row of the results, of all test samples in their order.
+
+    classes: of each sample, None for a binary task. rounds: T; FR is a share of T patches, so a
+    row that chooses another number of them has none.
+    Returns {"metrics": means, their "pooled" ones and perhaps FR, "iou_per_round" and
+    "iou_per_round_per_class": mIoU after each round, "pictures": {number: what is drawn}}.
+    """
+    metrics = average([score.metrics for score in scores], classes)
+    if scores[0].chosen == rounds:
+        chosen = sum(score.chosen for score in scores)
+        metrics["FR"] = sum(score.hits for score in scores) / chosen
+    metrics["pooled"] = pool([score.counts for score in scores])
+    for label, means in metrics.get("per_class", {}).items():
+        means["pooled"] = pool([score.counts for score, its in zip(scores, classes) if its == label])
+    after_rounds = [average_iou(list(ious), classes) for ious in zip(*(score.ious for score in scores))]
+    per_class = {label: [its[label] for _, its in after_rounds] for label in after_rounds[0][1]}
+    return {"metrics": metrics, "iou_per_round": [mean for mean, _ in after_rounds],
+            "iou_per_round_per_class": per_class,
+            "pictures": {score.number: score.pictures for score in scores if score.pictures}}

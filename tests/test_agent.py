@@ -36,6 +36,12 @@ def test_advantages_are_normalised_within_each_round():
     assert torch.allclose(advantages, torch.tensor([[-1.0, 0.0, 1.0]]).expand(2, -1))
 
 
+def ppo_update(actor, critic, optimizer, states, actions, allowed, log_probs, targets, advantages, *more):
+    """agent.ppo_update on a roll-out of a single round."""
+    rollout = Rollout(None, allowed[None], actions[None], log_probs[None], None, None, None)
+    return agent.ppo_update(actor, critic, optimizer, states, rollout, targets[None], advantages[None], *more)
+
+
 def toy(count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States on a 3 x 3 grid whose first channel marks one patch, that patch, and a random choice of action."""
     generator = torch.Generator().manual_seed(0)

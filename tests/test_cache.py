@@ -396,7 +396,7 @@ def test_a_single_bit_that_went_bad_in_any_dataset_is_noticed(complete, dataset)
     opened, samples = Cache.open(complete), np.array([[0, 0], [1, 0]])
     read = {"embeddings": opened.embeddings, "maps": opened.maps, "truth_grid": opened.truth_grid,
             "truth_centres": opened.truth_centres, "present": lambda _: opened.samples("test"),
-            "labels": lambda _: opened.labels(samples[1]), "pictures": lambda _: opened.picture(samples[1])}[dataset]
+            "labels": lambda _: opened.label_map(samples[1]), "pictures": lambda _: opened.picture(samples[1])}[dataset]
     with pytest.raises(UserError, match=f"/{dataset} of naïve is not what was written"):
         read(samples)
 
@@ -465,7 +465,7 @@ def test_targets_are_the_samples_own_text_or_any_text_that_its_image_holds(compl
 
 
 def test_a_samples_labels_are_its_own_text_against_the_rest(complete):
-    labels, stored = Cache.open(complete).labels((2, 1)), entry(2)["labels"]
+    labels, stored = Cache.open(complete).label_map((2, 1)), entry(2)["labels"]
     assert labels.dtype == np.uint8 and labels.shape == (16, 12)
     assert np.array_equal(labels == 1, stored == 2)
     assert np.array_equal(labels == 255, stored == 255)

@@ -37,7 +37,7 @@ def run(stage, row: str, numbers: range = range(3), favourite: int = 0):
     below[5:] = 1.0
     truth = (torch.arange(100) % 3 == 0).to(torch.uint8).expand(len(numbers), -1)
     logits, actions = stage.prompt(row, episode, lambda state: liking.expand(len(state), -1),
-                                   lambda s_c, s_t: below.expand(len(s_t), -1, -1), numbers, [], truth)
+                                   lambda s_c, s_t: below.expand(len(s_t), -1, -1), numbers, stage.Truth([], truth))
     assert len(logits) == actions.shape[1] + 1
     return actions, episode.labels[:, 2:], episode
 
@@ -95,7 +95,7 @@ def test_sampled_actions_follow_the_policy(stage):
     liking[[4, 40, 44]] = torch.tensor([0.6, 0.3, 0.1]).log()
     episode = Episode(Answering(), torch.ones(2000, 1, 10, 10), torch.zeros(2000, 10, 10), patch_centres(800, 80))
     actions = stage.prompt("AlignSAM", episode, lambda state: liking.expand(len(state), -1),
-                           lambda s_c, s_t: torch.zeros(len(s_t), 10, 10), range(2000), [], torch.empty(0))[1]
+                           lambda s_c, s_t: torch.zeros(len(s_t), 10, 10), range(2000))[1]
     share = torch.bincount(actions.flatten(), minlength=100) / 2000
     assert np.allclose(share[[4, 40, 44]], (0.6, 0.3, 0.1), atol=0.04) and share[[4, 40, 44]].sum() == 1
 
@@ -104,7 +104,7 @@ def test_oracle_clicks_go_where_the_mask_is_wrong(stage):
     truth = np.zeros((40, 40), np.uint8)
     truth[:, :30] = 1
     episode = Episode(Answering(), torch.ones(1, 4, 10, 10), torch.zeros(1, 10, 10), patch_centres(800, 80))
-    logits, actions = stage.prompt("oracle clicks", episode, None, None, range(1), [truth], torch.empty(0))
+    logits, actions = stage.prompt("oracle clicks", episode, None, None, range(1), stage.Truth([truth], torch.empty(0)))
     assert len(logits) == ROUNDS + 1 and actions.numel() == 0
     assert episode.labels.tolist() == [[1] * (ROUNDS + 1)]
     assert 20 * 20 <= episode.points[0, 1, 0] <= 30 * 20  # after the first click the mask lacks columns 20 to 29

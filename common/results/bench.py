@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.agent import Actor, Critic, normalise, policy, pool_state, ppo_update, returns
+from common.agent import Actor, Critic, Rollout, normalise, policy, pool_state, ppo_update, returns
 from common.cache import PICTURE, Cache, CacheWriter, Layout
 from common.episode import Episode, patch_centres
 from common.frozen.sam import (
@@ -169,11 +169,11 @@ def episode(sam: Sam, folder: Path) -> Workload:
         """All epochs in that many calls, each on what `states` gives it; returns the trained policy in these states."""
         targets = returns(rewards, last, _GAMMA)
         advantages = normalise(targets - values)
+        rollout = Rollout(None, allowed, actions, log_probs, values, answers, rewards)  # both build states themselves
         for _ in range(calls):
-            ppo_update(*nets, states(), actions.flatten(), allowed, log_probs, targets.flatten(), advantages.flatten(),
-                       _EPOCHS // calls, _CLIP_RANGE)
+            ppo_update(*nets, states(), rollout, targets, advantages, _EPOCHS // calls, _CLIP_RANGE)
         with torch.no_grad():
-            return policy(nets[0](states()), allowed).probs
+            return policy(nets[0](states()), allowed.flatten(0, 1)).probs
 
     def ours() -> tuple[Tensor, int]:  # as in 03_train_agent.py
         actor, critic, _ = nets = networks()
@@ -190,7 +190,7 @@ def episode(sam: Sam, folder: Path) -> Workload:
                 run.step(action, answer)
             last = critic(run.action_state())
         learnt = learn(nets, 1, lambda: torch.cat([pool_state(embeddings * mask[:, None], side) for mask in masks]),
-                       torch.cat(allowed), torch.cat(log_probs), torch.stack(values), last)
+                       torch.stack(allowed), torch.stack(log_probs), torch.stack(values), last)
         return learnt, sum(mask.nbytes for mask in masks)
 
     def reference() -> tuple[Tensor, int]:
@@ -212,8 +212,8 @@ def episode(sam: Sam, folder: Path) -> Workload:
                     allowed[t, i, actions[:t, i]] = False
                     log_probs[t, i] = policy(actor(pooled), allowed[t, i:i + 1]).log_prob(actions[t, i:i + 1])[0]
                     values[t, i] = critic(pooled)[0]
-        learnt = learn(nets, _EPOCHS, lambda: pool_state(states.flatten(0, 1), side), allowed.flatten(0, 1),
-                       log_probs.flatten(), values, last)
+        learnt = learn(nets, _EPOCHS, lambda: pool_state(states.flatten(0, 1), side), allowed,
+                       log_probs, values, last)
         return learnt, states.nbytes
 
     # not the weights: where a gradient is nearly 0, Adam moves a weight by its learning rate at rounding's whim

@@ -90,7 +90,7 @@ def read_cache(path: Path) -> str:
     shots, test = features.training_set(0, 3, CPU), features.samples("test")
     values = [shots.samples, shots.embeddings, shots.maps, shots.truth, shots.truth_centres, *shots.labels, test,
               features.embeddings(test), features.maps(test), features.truth_centres(test), features.truth_grid(test),
-              *(features.labels(sample) for sample in test), *(features.picture(sample) for sample in test)]
+              *(features.label_map(sample) for sample in test), *(features.picture(sample) for sample in test)]
     values = [np.asarray(value) for value in values]
     sound(all(np.isfinite(value).all() for value in values), "values that are not finite")
     sound(shots.truth_centres.shape[1] == len(centres), "truth at other places than the centres")

@@ -1,0 +1,202 @@
+"""What stage 4 writes: results.json, the printed tables, strips of masks, report.html."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.cache import Cache
+from common.metrics import Score
+from common.results.paper import paper_row, results_table, stand_ins
+from common.results.pictures import save_strips, strip
+from common.results.report import gallery_item, write_report
+from common.runtime import checkpoint
+from common.runtime.errors import UserError
+from common.runtime.files import write_atomic
+from common.tasks import get_task
+
+STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
+
+
+def check_results_name(name: str) -> None:
+    """Raises UserError unless `name` can be the name of a results file in the run folder."""
+    if not name.endswith(".json") or "/" in name:
+        raise UserError(f"RESULTS={name} is no name of a results file: set it to one that ends in .json")
+
+
+class Drawing:
+    """Which test samples get pictures, and what those pictures need of a sample."""
+
+    def __init__(self, cache: Cache, samples: np.ndarray, strips: int, gallery: int) -> None:
+        """samples: (S, 2). strips, gallery: how many of them to draw, spread over the test set."""
+        self.cache, self.samples, self.frame = cache, samples, cache.attrs["image_size"]
+        self.classes = None
+        if len(cache.texts) > 1:
+            self.classes = [cache.texts[text] for _, text in samples]
+        self.in_strips, self.in_gallery = self._spread(strips), self._spread(gallery)
+
+    def _spread(self, count: int) -> set[int]:
+        count = min(count, len(self.samples))
+        return set(np.linspace(0, len(self.samples) - 1, count).astype(int).tolist())
+
+    def draw(self, row: str, score: Score, masks: list[np.ndarray], label_map: np.ndarray,
+             points: np.ndarray, labels: np.ndarray) -> dict:
+        """What is kept of a sample, made while its masks (H, W) are at hand: they are too large to keep."""
+        number = score.number
+        kept = {"mask": torch.from_numpy(masks[-1])} if number in self.in_strips else {}
+        if row != "AlignSAM":
+            return kept
+        sample = self.samples[number]
+        name, target = self.cache.name(sample), self.cache.texts[sample[1]]
+        if number in self.in_strips:
+            rounds = {f"round {after}": after for after in STRIP_ROUNDS if after < len(masks)}
+            growing = {caption: masks[after] for caption, after in rounds.items()}
+            prompts = {caption: (points[:2 + after], labels[:2 + after])
+                       for caption, after in rounds.items()}
+            picture = strip(name, target, self.cache.picture(sample), label_map, growing, prompts,
+                            self.frame)
+            kept["strip"] = torch.from_numpy(np.array(picture))
+        if number in self.in_gallery:
+            kept["gallery"] = gallery_item(name, target if self.classes else None,
+                                           self.cache.picture(sample), label_map, masks, score.ious,
+                                           points, labels, self.frame)
+        return kept
+
+    def compare(self, number: int, masks: dict[str, np.ndarray]) -> Image.Image:
+        """A sample's last mask of each row, side by side (the paper's Figure 4)."""
+        sample = self.samples[number]
+        return strip(self.cache.name(sample), self.cache.texts[sample[1]], self.cache.picture(sample),
+                     self.cache.label_map(sample), masks, {}, self.frame)
+
+
+@dataclass
+class Report:
+    """The rows as they are finished, and all that is written of them.
+
+    trained: content of agent.pt. made_with: settings that make finished rows of a stopped call void
+    when they change.
+    """
+
+    folder: Path
+    name: str  # of the results file; its stem goes before the pictures' names unless it is "results"
+    cache: Cache
+    trained: dict
+    rows: list[str]
+    truth_centres: Tensor  # (S, A)
+    drawing: Drawing
+    made_with: dict
+    finished: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def part(self) -> Path:
+        """Where finished rows are kept until all are."""
+        return self.folder / f"{self.name}.part"
+
+    def take_over_finished_rows(self, command: str) -> None:
+        """Takes over the rows that a stopped call of `command` with the same settings has finished."""
+        if self.part.exists():
+            saved = checkpoint.load(self.part, command, rows=dict)
+            if saved["settings"] == self.made_with:
+                self.finished = saved["rows"]
+
+    def add(self, row: str, summary: dict) -> None:
+        """Keeps a finished row, `metrics.summarise`'s answer, on disk."""
+        self.finished[row] = summary
+        checkpoint.save(self.part, {"settings": self.made_with, "finished": False,
+                                    "rows": self.finished})
+
+    def write(self, threshold: float | None) -> None:
+        """Writes results.json, the pictures and the report, then prints the tables.
+
+        threshold: of CLIP Surgery's map, where a row needed one.
+        """
+        content = self.content(threshold)
+        paper = self.paper()
+        written = [self.folder / self.name]
+        text = json.dumps(content, indent=1)
+        write_atomic(written[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self.print_tables(content, paper)
+        written += self.write_pictures(content, paper)
+        self.part.unlink(missing_ok=True)
+        print("wrote " + ", ".join(map(str, written)))
+
+    def content(self, threshold: float | None) -> dict:
+        """What results.json holds."""
+        attrs, settings = self.cache.attrs, self.trained["settings"]
+        samples, rounds = self.drawing.samples, self.made_with["evaluation_rounds"]
+        # Table 9's bound: small targets have few patch centres that could be chosen
+        centres = (self.truth_centres == 1).sum(1).clamp(max=rounds)
+        content = {
+            "task": settings["task"], "sam": attrs["sam"], "clip": attrs["clip"],
+            "seed": settings["seed"], "images": len(np.unique(samples[:, 0])),
+            "samples": len(samples), "units": "all metrics are fractions between 0 and 1",
+            "evaluation_seed": self.made_with["evaluation_seed"],
+            "sample_actions": self.made_with["sample_actions"], "rounds": rounds,
+            "branch": settings["branch"], "trained": settings,
+            "foreground_rate_attainable": (centres / rounds).mean().item()}
+        if threshold is not None:
+            content["clip_surgery_threshold"] = threshold
+        content["rows"] = {row: self.finished[row]["metrics"] for row in self.rows}
+        names = ["iou_per_round"] + ["iou_per_round_per_class"] * bool(self.drawing.classes)
+        return content | {name: {row: self.finished[row][name] for row in self.rows}
+                          for name in names}
+
+    def paper(self) -> dict[str, dict[str, float]] | None:
+        """The paper's figures, where the models and the question are the paper's."""
+        attrs, task = self.cache.attrs, get_task(self.trained["settings"]["task"], "-")
+        same = not stand_ins(attrs["sam"], attrs["clip"]) and self.cache.texts == task.texts
+        return paper_row(task.paper) if task.paper and same else None
+
+    def print_tables(self, content: dict, paper: dict | None) -> None:
+        real = not stand_ins(content["sam"], content["clip"])
+        warning = " (stand-ins: small models trained on drawn scenes; no figure compares with the paper's)"
+        print(f"\n{content['task']}, {content['samples']} test samples, SAM {content['sam']}, "
+              f"CLIP {content['clip']}" + ("" if real else warning))
+        print(results_table({row: flat(scores) for row, scores in content["rows"].items()}, paper))
+        print("mIoU, F, BER, E and MAE are means over images. Pooled IoU and BER count all pixels of the test set\n"
+              "together; the paper does not say which it used.")
+        print(f"FR attainable: {100 * content['foreground_rate_attainable']:.2f} "
+              f"(no choice of {content['rounds']} different patches does better)")
+        if content["rounds"] != content["trained"]["rounds"]:
+            print(f"evaluated with ROUNDS={content['rounds']}, trained with "
+                  f"ROUNDS={content['trained']['rounds']}")
+        if self.drawing.classes:
+            for title, of in (("IoU per class, mean over images", lambda scores: scores["mIoU"]),
+                              ("IoU per class, pooled over images (VOC's own way of counting)",
+                               lambda scores: scores["pooled"]["IoU"])):
+                table = {row: {label: of(its) for label, its in scores["per_class"].items()}
+                         for row, scores in content["rows"].items()}
+                print(f"\n{title}\n\n" + results_table(table, paper))
+
+    def write_pictures(self, content: dict, paper: dict | None) -> list[Path]:
+        """strips.png, comparison.png and report.html, as far as they have something to show."""
+        prefix = "" if self.name == "results.json" else f"{self.name.removesuffix('.json')}-"
+        pictures = {row: self.finished[row]["pictures"] for row in self.rows}
+        prompted, written = list(pictures.get("AlignSAM", {}).values()), []
+        strips = [Image.fromarray(kept["strip"].numpy()) for kept in prompted if "strip" in kept]
+        if strips:  # the paper's Figure 5: points and mask growing
+            written.append(self.folder / f"{prefix}strips.png")
+            save_strips(strips, written[-1])
+        if self.drawing.in_strips:
+            written.append(self.folder / f"{prefix}comparison.png")
+            sheet = []
+            for number in sorted(self.drawing.in_strips):
+                masks = {row: pictures[row][number]["mask"].numpy() for row in self.rows}
+                sheet.append(self.drawing.compare(number, masks))
+            save_strips(sheet, written[-1])
+        gallery = [kept["gallery"] for kept in prompted if "gallery" in kept]
+        if gallery:
+            srm_log = checkpoint.read_log(self.folder / "srm_log.csv")
+            written.append(self.folder / f"{prefix}report.html")
+            write_report(written[-1], content, srm_log, self.trained["log"], gallery, paper)
+        return written
+
+
+def flat(scores: dict) -> dict[str, float]:
+    """A row's scores as columns of a table: its pooled metrics by name, without its classes."""
+    columns = {name: value for name, value in scores.items() if name not in ("per_class", "pooled")}
+    return columns | {f"pooled {name}": value for name, value in scores["pooled"].items()}
