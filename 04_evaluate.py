@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.agent import Actor, policy
-from common.baselines import Baselines, next_clicks
+from common.agent import Actor, gumbel_noise, policy
+from common.baselines import Baselines, oracle_clicks
 from common.cache import Cache
 from common.episode import Episode
 from common.frozen.sam import full_masks
@@ -35,7 +35,7 @@ from common.srm import build_srm
 
 # what is evaluated
 TASK = "demo_saliency"  # as in stages 1 to 3
-ROWS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")  # of _ROWS below; "all" = every one there
+ROWS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")  # of _ROWS below; "all" = all there
 ROUNDS = 15  # T
 SAMPLE_ACTIONS = False  # draw the patch from the policy; false takes the most probable one
 SEED = 0  # of the random patches (w/o RL), and of SAMPLE_ACTIONS
@@ -92,13 +92,6 @@ class Setup:
     baselines: Baselines
 
 
-def gumbel_noise(number: int, rounds: int, patches: int) -> Tensor:
-    """(rounds, A) by the sample's own generator: a draw does not depend on the rest of the batch."""
-    generator = torch.Generator().manual_seed(SEED * 1_000_003 + number)
-    uniform = torch.rand(rounds, patches, generator=generator).clamp(1e-9, 1 - 1e-7)
-    return -(-uniform.log()).log()
-
-
 def label(labeller: str, episode: Episode, srm: nn.Module, action: Tensor,
           truth: Truth | None) -> Tensor:
     """(B,) labels of the chosen patches (B,), 1 foreground."""
@@ -111,17 +104,6 @@ def label(labeller: str, episode: Episode, srm: nn.Module, action: Tensor,
     return episode.label_by(source, action)
 
 
-def click(episode: Episode, label_maps: list[np.ndarray]) -> list[Tensor]:
-    """Oracle clicks: T + 1 clicks where the mask is wrong, the first into the target; logits."""
-    masks, logits = [np.zeros(truth.shape, bool) for truth in label_maps], []
-    for _ in range(ROUNDS + 1):
-        episode.prompt(*next_clicks(masks, label_maps, episode.frame))
-        logits.append(episode.logits)
-        masks = [full_masks(one, truth.shape).cpu().numpy()
-                 for one, truth in zip(episode.logits, label_maps)]
-    return logits
-
-
 @torch.no_grad()
 def prompt(row: str, episode: Episode, actor: Actor, srm: nn.Module, numbers: Sequence[int],
            truth: Truth | None = None) -> tuple[list[Tensor], Tensor]:
@@ -132,9 +114,10 @@ def prompt(row: str, episode: Episode, actor: Actor, srm: nn.Module, numbers: Se
     """
     place, labeller, rounds = _ROWS[row]
     if place == "error":
-        return click(episode, truth.label_maps), torch.empty(len(numbers), 0, dtype=torch.long)
+        logits = oracle_clicks(episode, truth.label_maps, ROUNDS)
+        return logits, torch.empty(len(numbers), 0, dtype=torch.long)
     rounds = {"all": ROUNDS, "one": 1}[rounds]
-    noises = [gumbel_noise(number, rounds, len(episode.centres)) for number in numbers]
+    noises = [gumbel_noise(SEED, number, rounds, len(episode.centres)) for number in numbers]
     episode.start_without_truth(srm)  # P_0, M_0
     logits, actions = [episode.logits], []
     for noise in torch.stack(noises, 1).to(episode.centres.device):
@@ -150,13 +133,15 @@ def prompt(row: str, episode: Episode, actor: Actor, srm: nn.Module, numbers: Se
     return logits, torch.stack(actions, 1).cpu()
 
 
-def segment(row: str, setup: Setup, numbers: list[int]) -> tuple[Truth, list[Tensor], Tensor, Episode]:
+def segment(row: str, setup: Setup,
+            numbers: list[int]) -> tuple[Truth, list[Tensor], Tensor, Episode]:
     """One row's answer to a batch: its truth, logits and actions as of `prompt`, and the episode.
 
     The rows without rounds have no actions; those "alone" have logits (B, h, w).
     """
     samples = setup.samples[numbers]
-    truth = Truth([setup.cache.label_map(sample) for sample in samples], setup.truth_centres[numbers])
+    label_maps = [setup.cache.label_map(sample) for sample in samples]
+    truth = Truth(label_maps, setup.truth_centres[numbers])
     embeddings = setup.cache.embeddings(samples).float().to(setup.device)
     episode = setup.new_episode(embeddings, setup.cache.maps(samples).to(setup.device))
     if _ROWS[row][2] != "none":
@@ -187,9 +172,11 @@ def chosen_rows() -> list[str]:
     settings.not_negative(globals(), "SEED", "PICTURES", "GALLERY")
     rows = list(_ROWS) if ROWS == ("all",) else list(dict.fromkeys(ROWS))
     if unknown := [row for row in rows if row not in _ROWS]:
-        raise UserError(f"ROWS names {unknown[0]!r}: set it to all, or to some of: {', '.join(_ROWS)}")
+        raise UserError(f"ROWS names {unknown[0]!r}: set it to all, or to some of: "
+                        f"{', '.join(_ROWS)}")
     if IMAGES and distributed.SIZE > 1:
-        raise UserError("IMAGES are segmented in one process: start it with python, not with torchrun")
+        raise UserError("IMAGES are segmented in one process: start it with python, not with "
+                        "torchrun")
     check_results_name(RESULTS)
     return rows
 
@@ -198,24 +185,27 @@ def main() -> None:
     rows = chosen_rows()
     run = open_run(globals())
     if ROUNDS > len(run.centres):
-        raise UserError(f"ROUNDS={ROUNDS} is more than the {len(run.centres)} patches there are: set it lower")
+        raise UserError(f"ROUNDS={ROUNDS} is more than the {len(run.centres)} patches there are: "
+                        "set it lower")
 
     # the trained agent, and the SRM that stage 3 ended with
     path, stage_3 = run.folder / "agent.pt", script.command("03_train_agent.py", globals())
-    trained = checkpoint.load_finished(path, stage_3, {"task": TASK, "features": run.cache.identity()})
+    wanted = {"task": TASK, "features": run.cache.identity()}
+    trained = checkpoint.load_finished(path, stage_3, wanted)
     if (run.folder / "srm.pt").exists():  # trained again since, it is not what this agent grew from
         stage_2 = script.command("02_train_srm.py", globals())
-        srm_weights = checkpoint.load(run.folder / "srm.pt", stage_2, srm=dict)["srm"]
-        settings.require_same(path, trained["settings"], {"srm": checkpoint.fingerprint(srm_weights)})
+        now = checkpoint.load(run.folder / "srm.pt", stage_2, srm=dict)["srm"]
+        settings.require_same(path, trained["settings"], {"srm": checkpoint.fingerprint(now)})
     files.lock(run.folder)
-    channels = run.cache.channels
-    actor = Actor(channels).to(run.device).eval()
-    srm = build_srm(trained["settings"]["branch"], channels).to(run.device).eval()
+    branch, residual = trained["settings"]["branch"], trained["settings"]["residual"]
+    actor = Actor(run.cache.channels).to(run.device).eval()
+    srm = build_srm(branch, run.cache.channels).to(run.device).eval()
     checkpoint.restore(path, trained, actor=actor, srm=srm)
     prompter = run.load_prompter()
-    new_episode = partial(Episode, prompter, centres=run.centres, residual=trained["settings"]["residual"])
+    new_episode = partial(Episode, prompter, centres=run.centres, residual=residual)
     made_with = trained["settings"] | {
-        "actor": checkpoint.fingerprint(trained["actor"]), "trained_srm": checkpoint.fingerprint(trained["srm"]),
+        "actor": checkpoint.fingerprint(trained["actor"]),
+        "trained_srm": checkpoint.fingerprint(trained["srm"]),
         "evaluation_rounds": ROUNDS, "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS}
     if IMAGES:
         def align(embeddings: Tensor, maps: Tensor) -> Episode:
@@ -227,9 +217,10 @@ def main() -> None:
                            align, srm, run.device, made_with)
         return
 
-    # what rows need: the test samples, and what those without rounds learn from the training samples
+    # what rows need: the test samples, and what those without rounds learn in training samples
     samples = run.cache.samples("test")
-    baselines = Baselines.prepare(rows, run.cache, trained["settings"]["shots"], prompter, run.device)
+    shots = trained["settings"]["shots"]
+    baselines = Baselines.prepare(rows, run.cache, shots, prompter, run.device)
     setup = Setup(run.cache, new_episode, actor, srm, run.device, samples,
                   run.cache.truth_centres(samples), baselines)
     drawing = Drawing(run.cache, samples, PICTURES, GALLERY)

@@ -75,6 +75,16 @@ def pick(distribution: Categorical, generator: torch.Generator) -> Tensor:
     return drawn.to(distribution.probs.device)
 
 
+def gumbel_noise(seed: int, number: int, rounds: int, patches: int) -> Tensor:
+    """(rounds, A): the patch with the highest logit + noise is a draw from the policy.
+
+    Each sample, by its `number`, has a generator of its own: a draw does not depend on its batch.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    uniform = torch.rand(rounds, patches, generator=generator).clamp(1e-9, 1 - 1e-7)
+    return -(-uniform.log()).log()
+
+
 def entropy(distribution: Categorical) -> Tensor:
     """(B,) entropy in nats; torch's own is NaN where an action has probability 0."""
     probs, log_probs = distribution.probs, distribution.logits

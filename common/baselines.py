@@ -60,6 +60,20 @@ def next_clicks(masks: list[np.ndarray], truths: list[np.ndarray], frame: int) -
     return torch.tensor(points, dtype=torch.float32)[:, None], torch.tensor(labels)[:, None]
 
 
+def oracle_clicks(episode: Episode, label_maps: list[np.ndarray], rounds: int) -> list[Tensor]:
+    """`next_clicks` on an episode without a point, once and then `rounds` times.
+
+    label_maps: B uint8 (H, W). Returns SAM's logits (B, 4h, 4w) after each click.
+    """
+    masks, logits = [np.zeros(truth.shape, bool) for truth in label_maps], []
+    for _ in range(rounds + 1):
+        episode.prompt(*next_clicks(masks, label_maps, episode.frame))
+        logits.append(episode.logits)
+        masks = [full_masks(one, truth.shape).cpu().numpy()
+                 for one, truth in zip(episode.logits, label_maps)]
+    return logits
+
+
 class Baselines(NamedTuple):
     """The rows without rounds, and what they learn from the training samples."""
 

@@ -5,17 +5,9 @@ import math
 import pytest
 import torch
 
-from common.agent import (
-    Actor,
-    Critic,
-    entropy,
-    normalise,
-    pick,
-    policy,
-    pool_state,
-    ppo_update,
-    returns,
-)
+from common import agent
+from common.agent import (Actor, Critic, Rollout, entropy, normalise, pick, policy, pool_state,
+                          returns)
 
 
 def test_returns_equal_hand_computed_values():
