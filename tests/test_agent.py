@@ -42,7 +42,7 @@ def test_equal_advantages_become_zeros():
 
 
 def toy(count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States on a 3 x 3 grid whose first channel marks one patch, that patch, and a random action."""
+    """States on a 3 x 3 grid whose first channel marks a patch, that patch, and a random action."""
     generator = torch.Generator().manual_seed(0)
     marked = torch.randint(9, (count,), generator=generator)
     states = torch.zeros(count, 4, 9)

@@ -145,15 +145,15 @@ def sam() -> Sam:
     return load_sam("demo", torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def surgery(small, tokenizer) -> ClipSurgery:
-    """The small CLIP, made to see 256 x 256 pixels, 16 x 16 patches."""
-    return ClipSurgery(small, tokenizer, 256, ["shadow", "glass"])
-
-
-@pytest.fixture(scope="module")
-def frozen(sam, surgery) -> FrozenModels:
+def frozen_models(sam: Sam, small: open_clip.CLIP, tokenizer, clip_size: int) -> FrozenModels:
+    surgery = ClipSurgery(small, tokenizer, clip_size, ["shadow", "glass"])
     return FrozenModels(SamEmbedder(sam, "fp32"), surgery, 800)
+
+
+@pytest.fixture(scope="module")
+def frozen(sam, small, tokenizer) -> FrozenModels:
+    """The two together; CLIP is made to see 256 x 256 pixels."""
+    return frozen_models(sam, small, tokenizer, 256)
 
 
 def squashed_by_torch(picture: np.ndarray, side: int) -> np.ndarray:
@@ -198,10 +198,20 @@ def stretched_by_numpy(maps: np.ndarray, side: int) -> np.ndarray:
     return maps
 
 
-def test_maps_are_stretched_bilinearly_from_clips_grid_to_that_of_the_embedding(frozen, surgery):
+@pytest.mark.parametrize("patches", [16, 32])  # a side: fewer and more than the embedding has cells
+def test_maps_are_stretched_bilinearly_from_clips_grid_to_that_of_the_embedding(
+        sam, small, tokenizer, patches):
+    frozen = frozen_models(sam, small, tokenizer, 16 * patches)
     seen = [frozen.see(noise(200, 300)), frozen.see(noise(300, 200))]
     embeddings, maps = frozen.compute(seen)
     assert embeddings.shape == (2, 64, 24, 24)
+    surgery = ClipSurgery(small, tokenizer, 16 * patches, ["shadow", "glass"])
     raw = surgery.maps(torch.cat([as_tensor(for_clip) for _, for_clip in seen]))
-    assert raw.shape == (2, 2, 16, 16)
+    assert raw.shape == (2, 2, patches, patches)
     close(maps, torch.from_numpy(stretched_by_numpy(raw.numpy(), 24)).float())
+
+
+def test_the_embedding_is_that_of_the_picture_for_sam(sam, frozen):
+    seen = [frozen.see(noise(200, 300)), frozen.see(noise(300, 200))]
+    expected = SamEmbedder(sam, "fp32").embed(np.stack([for_sam for for_sam, _ in seen]))
+    assert torch.equal(frozen.compute(seen)[0], expected)
