@@ -113,7 +113,7 @@ def test_overlap_alone_is_the_iou_of_all_metrics(seed):
 
 def test_overlap_is_intersection_over_union_of_the_pixels_that_are_known():
     truth = np.array([[1, 1, 1, 0, 0, 255, 255]], np.uint8)
-    prediction = np.array([[1, 1, 0, 1, 0, 1, 0]], bool)
+    prediction = np.array([[1, 1, 0, 1, 0, 1, 1]], bool)
     assert overlap(prediction, truth) == pytest.approx(2 / 4)
 
 
