@@ -32,13 +32,13 @@ def test_the_return_of_a_constant_reward_is_the_geometric_series():
     assert targets[0].item() == pytest.approx((1 - 0.99 ** 15) / (1 - 0.99), rel=1e-5)
 
 
+def test_equal_advantages_become_zeros():
+    assert torch.equal(normalise(torch.full((2, 3), 0.5)), torch.zeros(2, 3))
+
+
 def test_advantages_are_normalised_within_each_round():
     advantages = normalise(torch.tensor([[1.0, 2.0, 3.0], [-100.0, -90.0, -80.0]]))
     assert torch.allclose(advantages, torch.tensor([[-1.0, 0.0, 1.0]]).expand(2, -1))
-
-
-def test_equal_advantages_become_zeros():
-    assert torch.equal(normalise(torch.full((2, 3), 0.5)), torch.zeros(2, 3))
 
 
 def toy(count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
