@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import cache
-from common.datasets import draw_shots, image_size, list_samples, load_image, load_labels
+from common.datasets import draw_shots, image_size, list_samples, load_image, load_label_map
 from common.frozen.clip_surgery import ClipSurgery, load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder, load_sam, sam_fingerprint
@@ -114,7 +114,7 @@ def main() -> None:
         """One image: its row, what SAM and CLIP see, its label map, its small picture."""
         sample = images[row]
         image = load_image(sample.image)
-        return (row, frozen.see(image), load_labels(sample, task, image.shape[:2]),
+        return (row, frozen.see(image), load_label_map(sample, task, image.shape[:2]),
                 np.asarray(Image.fromarray(image).resize((cache.PICTURE, cache.PICTURE), Image.BILINEAR)))
 
     def read_ahead(rows: list[int], pool: ThreadPoolExecutor) -> Iterator[tuple]:
@@ -127,7 +127,7 @@ def main() -> None:
 
     def embed(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
         """F (B, C, h, w) and M_c (B, K, h, w) of a batch of what `read` returns."""
-        return frozen.features([seen for _, seen, _, _ in batch])
+        return frozen.compute([seen for _, seen, _, _ in batch])
 
     mend = "choose a smaller SAM (SAM=vit_b is the smallest of Meta's), PRECISION=bf16 or DEVICE=cpu"
     missing = distributed.share(writer.missing())

@@ -88,7 +88,7 @@ def image_size(path: Path) -> tuple[int, int]:
         return (width, height) if _orientation(picture) in QUARTER_TURNS else (height, width)
 
 
-def load_labels(sample: Sample, task: Task, image_size: tuple[int, int]) -> np.ndarray:
+def load_label_map(sample: Sample, task: Task, image_size: tuple[int, int]) -> np.ndarray:
     """uint8 H x W label map in the frame of `load_image(sample.image)`, whose (H, W) is image_size.
 
     0 is background and k the task's k-th text. Binary masks of any picture mode are foreground above 127 of
@@ -134,7 +134,7 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int) -> list
     drawn: list[tuple[Sample, int]] = []
     if len(task.texts) > 1:  # which image holds which text is known only from its label map
         for sample in tqdm(training, "reading label maps", disable=distributed.RANK > 0):
-            present = np.setdiff1d(load_labels(sample, task, image_size(sample.image)), [IGNORE])
+            present = np.setdiff1d(load_label_map(sample, task, image_size(sample.image)), [IGNORE])
             for label in present[present > 0]:
                 if len(present) > 1:  # else there is no background to start an episode from
                     queues[int(label) - 1].append(sample)
@@ -142,7 +142,7 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int) -> list
         for sample in training:
             if len(queues[0]) == count:
                 break
-            labels = load_labels(sample, task, image_size(sample.image))
+            labels = load_label_map(sample, task, image_size(sample.image))
             try:
                 check_trainable(labels, sample)
                 queues[0].append(sample)

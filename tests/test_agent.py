@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common import agent
 from common.agent import (Actor, Critic, Rollout, entropy, normalise, pick, policy, pool_state,
@@ -23,6 +24,10 @@ def test_the_return_of_a_constant_reward_is_the_geometric_series():
     assert targets[0].item() == pytest.approx((1 - 0.99 ** 15) / (1 - 0.99), rel=1e-5)
 
 
+def test_equal_advantages_become_zeros():
+    assert torch.equal(normalise(torch.full((2, 3), 0.5)), torch.zeros(2, 3))
+
+
 def test_advantages_are_normalised_within_each_round():
     advantages = normalise(torch.tensor([[1.0, 2.0, 3.0], [-100.0, -90.0, -80.0]]))
     assert torch.allclose(advantages, torch.tensor([[-1.0, 0.0, 1.0]]).expand(2, -1))
@@ -35,7 +40,7 @@ def ppo_update(actor, critic, optimizer, states, actions, allowed, log_probs, ta
 
 
 def toy(count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States on a 3 x 3 grid whose first channel marks one patch, that patch, and a random choice of action."""
+    """States on a 3 x 3 grid whose first channel marks a patch, that patch, and a random action."""
     generator = torch.Generator().manual_seed(0)
     marked = torch.randint(9, (count,), generator=generator)
     states = torch.zeros(count, 4, 9)
@@ -100,8 +105,37 @@ def test_a_patch_that_is_not_allowed_has_no_probability_and_entropy_stays_finite
     distribution = policy(torch.randn(2, 100) * 0, allowed)
     assert distribution.probs[:, 7:].sum() == 0
     assert torch.allclose(entropy(distribution), torch.full((2,), math.log(7)))
-    drawn = torch.cat([pick(distribution, torch.Generator().manual_seed(seed)) for seed in range(200)])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(200)]
+    drawn = torch.cat([pick(distribution, generator) for generator in generators])
     assert set(drawn.tolist()) == set(range(7))
+
+
+def test_the_policy_is_the_softmax_over_the_allowed_patches():
+    logits = torch.tensor([[1.0, 5.0, 2.0, 0.0], [0.0, 0.0, 3.0, 1.0]])
+    allowed = torch.tensor([[True, False, True, True], [True, True, True, False]])
+    weights = logits.exp() * allowed
+    assert torch.allclose(policy(logits, allowed).probs, weights / weights.sum(1, keepdim=True))
+
+
+def test_actions_are_drawn_as_often_as_each_images_own_policy_says():
+    shares = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.0, 0.2, 0.2, 0.6]])
+    logits = shares.clamp(min=1e-9).log()
+    logits[0, 3] = logits[1, 0] = 50.0  # liked most, but not allowed
+    distribution = policy(logits.repeat(4000, 1), (shares > 0).repeat(4000, 1))
+    drawn = pick(distribution, torch.Generator().manual_seed(0)).view(4000, 2)
+    for image in (0, 1):
+        frequencies = torch.bincount(drawn[:, image], minlength=4) / 4000
+        assert torch.allclose(frequencies, shares[image], atol=0.03)
+        assert frequencies[shares[image] == 0] == 0
+
+
+def test_a_draw_follows_the_given_generator_alone():
+    distribution = policy(torch.zeros(50, 100), torch.ones(50, 100, dtype=torch.bool))
+    draws = []
+    for seed, other in ((0, 1), (0, 2), (3, 1)):
+        torch.manual_seed(other)
+        draws.append(pick(distribution, torch.Generator().manual_seed(seed)))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_the_first_policy_is_uniform():
@@ -118,3 +152,42 @@ def test_each_logit_follows_its_own_patch():
     state[0, 0, 8 * 3:8 * 4, 8 * 7:8 * 8] = 5.0  # row 3, column 7
     change = (actor(pool_state(state, 10)) - base).detach().abs()[0].view(10, 10)
     assert change[3, 7] > 0 and change[2:5, 6:9].sum().item() == pytest.approx(change.sum().item())
+
+
+def random_agent() -> tuple[Actor, Critic, torch.Tensor]:
+    """An actor and a critic (of scale 7) whose every weight is random, and two states."""
+    torch.manual_seed(0)
+    actor, critic = Actor(4), Critic(4, 7.0)
+    for parameter in [*actor.parameters(), *critic.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.5)
+    return actor, critic, torch.randn(2, 4, 10, 10)
+
+
+def test_logits_are_ten_times_the_actors_output():
+    actor, _, state = random_agent()
+    assert torch.allclose(actor(state), 10 * actor.head(actor.trunk(state)).view(2, 100))
+
+
+def test_a_value_is_the_scale_times_the_output_for_the_mean_over_patches():
+    _, critic, state = random_agent()
+    output = critic.head(critic.trunk(state).view(2, -1, 100).mean(2))
+    assert critic(state).shape == (2,)
+    assert torch.allclose(critic(state), 7 * output[:, 0])
+
+
+def test_where_patches_hold_whole_cells_the_pooled_state_is_torchs_average():
+    torch.manual_seed(0)
+    state = torch.randn(2, 3, 40, 20)
+    expected = F.adaptive_avg_pool2d(state, 10)
+    assert torch.allclose(pool_state(state, 10), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (64, 64), (24, 64), (7, 12)])
+def test_a_cell_that_two_patches_cut_counts_in_each_by_its_share(shape):
+    torch.manual_seed(0)
+    state = torch.randn(2, 3, *shape)
+    fine = state  # with every cell repeated until a patch holds whole ones
+    for axis, cells in ((2, shape[0]), (3, shape[1])):
+        fine = fine.repeat_interleave(math.lcm(cells, 10) // cells, dim=axis)
+    expected = F.avg_pool2d(fine, (fine.shape[2] // 10, fine.shape[3] // 10))
+    assert torch.allclose(pool_state(state, 10), expected, atol=1e-5)

@@ -13,7 +13,7 @@ from common.datasets import (
     image_size,
     list_samples,
     load_image,
-    load_labels,
+    load_label_map,
 )
 from common.runtime.errors import UserError
 from common.standin import scenes
@@ -106,7 +106,7 @@ def one(tmp_path, image=None, mask=None, exif=b"", mask_name="x.png"):
 
 
 def labels_of(sample, task="folder"):
-    return load_labels(sample, task_of(task), load_image(sample.image).shape[:2])
+    return load_label_map(sample, task_of(task), load_image(sample.image).shape[:2])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -151,7 +151,7 @@ def test_white_or_black_is_blurred_in_cuhk_as_the_task_says(tmp_path, capsys, wh
     task = replace(get_task("cuhk"), white_is_foreground=white)
     first = list_samples(task, make_cuhk(tmp_path, 4))[0]
     assert f"{'white' if white else 'black'} in the masks is taken to be blurred" in capsys.readouterr().out
-    assert load_labels(first, task, (6, 8)).tolist() == (half(top=1) if white else 1 - half(top=1)).tolist()
+    assert load_label_map(first, task, (6, 8)).tolist() == (half(top=1) if white else 1 - half(top=1)).tolist()
 
 
 def test_only_the_names_in_vocs_lists_count(tmp_path):

@@ -28,10 +28,14 @@ def stage():
 
 
 def run(stage, row: str, numbers: range = range(3), favourite: int = 0):
-    """Prompts with an agent that likes patch `favourite` and those after it, and an SRM that sees foreground below."""
+    """Prompts with an agent that likes patch `favourite` and those after it.
+
+    The SRM sees foreground in the lower half.
+    """
     maps = torch.zeros(len(numbers), 10, 10)
     maps[:, :, 1::2] = 1  # every other column
-    episode = Episode(Answering(), torch.ones(len(numbers), 4, 10, 10), maps, patch_centres(800, 80))
+    embeddings = torch.ones(len(numbers), 4, 10, 10)
+    episode = Episode(Answering(), embeddings, maps, patch_centres(800, 80))
     liking = -((torch.arange(100) - favourite) % 100).float()
     below = torch.full((10, 10), -1.0)
     below[5:] = 1.0
@@ -48,6 +52,14 @@ def test_alignsam_follows_the_agent_and_the_srm(stage):
     assert labels.tolist() == [[0, 0, 0, 1, 1, 1]] * 3  # rows 4 and 5 of the patches
 
 
+def test_a_point_is_foreground_where_the_srm_answers_more_than_one_half():
+    embeddings, maps = torch.ones(2, 4, 10, 10), torch.ones(2, 10, 10)
+    episode = Episode(Answering(), embeddings, maps, patch_centres(800, 80))
+    y_r = torch.full((2, 10, 10), 0.49)
+    y_r[1] = 0.51
+    assert episode.label_by(y_r, torch.tensor([47, 47])).tolist() == [0, 1]
+
+
 def test_without_rl_patches_are_drawn_without_the_agent_and_without_repetition(stage):
     actions, labels, _ = run(stage, "w/o RL", favourite=10)
     assert torch.equal(actions, run(stage, "w/o RL", favourite=60)[0])
@@ -61,7 +73,8 @@ def test_without_rl_patches_are_drawn_without_the_agent_and_without_repetition(s
 
 def test_a_random_patch_does_not_depend_on_the_batch(stage):
     whole = run(stage, "w/o RL", range(3))[0]
-    assert torch.equal(torch.cat([run(stage, "w/o RL", range(2))[0], run(stage, "w/o RL", range(2, 3))[0]]), whole)
+    parts = [run(stage, "w/o RL", numbers)[0] for numbers in (range(2), range(2, 3))]
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_without_srm_every_chosen_point_is_foreground(stage):
@@ -85,7 +98,8 @@ def test_table_8s_rows_differ_in_the_source_of_the_label(stage):
 
 
 def test_every_row_starts_from_the_same_points(stage):
-    starts = [run(stage, row)[2].points[:, :2] for row in ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", "oracle labels")]
+    rows = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", "oracle labels")
+    starts = [run(stage, row)[2].points[:, :2] for row in rows]
     assert all(torch.equal(start, starts[0]) for start in starts)
 
 
@@ -93,18 +107,23 @@ def test_sampled_actions_follow_the_policy(stage):
     stage.SAMPLE_ACTIONS, stage.ROUNDS = True, 1
     liking = torch.full((100,), -20.0)
     liking[[4, 40, 44]] = torch.tensor([0.6, 0.3, 0.1]).log()
-    episode = Episode(Answering(), torch.ones(2000, 1, 10, 10), torch.zeros(2000, 10, 10), patch_centres(800, 80))
+    embeddings, maps = torch.ones(2000, 1, 10, 10), torch.zeros(2000, 10, 10)
+    episode = Episode(Answering(), embeddings, maps, patch_centres(800, 80))
     actions = stage.prompt("AlignSAM", episode, lambda state: liking.expand(len(state), -1),
                            lambda s_c, s_t: torch.zeros(len(s_t), 10, 10), range(2000))[1]
     share = torch.bincount(actions.flatten(), minlength=100) / 2000
-    assert np.allclose(share[[4, 40, 44]], (0.6, 0.3, 0.1), atol=0.04) and share[[4, 40, 44]].sum() == 1
+    assert np.allclose(share[[4, 40, 44]], (0.6, 0.3, 0.1), atol=0.04)
+    assert share[[4, 40, 44]].sum() == 1
 
 
 def test_oracle_clicks_go_where_the_mask_is_wrong(stage):
     truth = np.zeros((40, 40), np.uint8)
     truth[:, :30] = 1
-    episode = Episode(Answering(), torch.ones(1, 4, 10, 10), torch.zeros(1, 10, 10), patch_centres(800, 80))
-    logits, actions = stage.prompt("oracle clicks", episode, None, None, range(1), stage.Truth([truth], torch.empty(0)))
+    embeddings, maps = torch.ones(1, 4, 10, 10), torch.zeros(1, 10, 10)
+    episode = Episode(Answering(), embeddings, maps, patch_centres(800, 80))
+    truth = stage.Truth([truth], torch.empty(0))
+    logits, actions = stage.prompt("oracle clicks", episode, None, None, range(1), truth)
     assert len(logits) == ROUNDS + 1 and actions.numel() == 0
     assert episode.labels.tolist() == [[1] * (ROUNDS + 1)]
-    assert 20 * 20 <= episode.points[0, 1, 0] <= 30 * 20  # after the first click the mask lacks columns 20 to 29
+    # After the first click the mask lacks columns 20 to 29.
+    assert 20 * 20 <= episode.points[0, 1, 0] <= 30 * 20

@@ -4,7 +4,7 @@ import numpy as np
 import py_sod_metrics as sod
 import pytest
 
-from common.metrics import average, average_iou, evaluate_mask
+from common.metrics import average, average_iou, evaluate_mask, overlap
 from common.results.paper import paper_row, results_table
 from common.runtime.errors import UserError
 
@@ -31,13 +31,16 @@ def by_the_library(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float
     for metric in (counts, enhanced, error):
         metric.step(prediction.astype(np.uint8) * 255, truth * np.uint8(255))
     values = {name: result["binary"] for name, result in counts.get_results().items()}
-    return values | {"E": enhanced.get_results()["em"]["curve"][128], "MAE": error.get_results()["mae"]}
+    values["E"] = enhanced.get_results()["em"]["curve"][128]
+    values["MAE"] = error.get_results()["mae"]
+    return values
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_metrics_are_those_of_the_library(seed):
     prediction, truth = masks(seed)
-    assert evaluate_mask(prediction, truth) == pytest.approx(by_the_library(prediction, truth), abs=1e-12)
+    theirs = by_the_library(prediction, truth)
+    assert evaluate_mask(prediction, truth) == pytest.approx(theirs, abs=1e-12)
 
 
 @pytest.mark.parametrize("predicted", ["nothing", "all", "half"])
@@ -78,6 +81,13 @@ def test_a_mask_on_empty_truth_is_wrong_in_its_share_of_the_background():
     assert (result["IoU"], result["F"], result["BER"]) == (0, 0, pytest.approx(1 / 4))
 
 
+def test_an_empty_mask_on_some_foreground_has_no_overlap():
+    truth = np.zeros((4, 5), np.uint8)
+    truth[0] = 1
+    result = evaluate_mask(np.zeros((4, 5), bool), truth)
+    assert (result["IoU"], result["F"], result["BER"], result["MAE"]) == (0, 0, 0.5, 0.25)
+
+
 def test_ber_on_full_truth_is_the_share_of_missed_foreground():
     prediction = np.ones((4, 5), bool)
     prediction[0] = False
@@ -94,13 +104,33 @@ def test_ignored_pixels_count_as_if_cropped_away(under_ignore):
     assert evaluate_mask(prediction, truth) == cropped
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_overlap_alone_is_the_iou_of_all_metrics(seed):
+    prediction, truth = masks(seed)
+    truth[:, ::3] = 255
+    assert overlap(prediction, truth) == pytest.approx(evaluate_mask(prediction, truth)["IoU"])
+
+
+def test_overlap_is_intersection_over_union_of_the_pixels_that_are_known():
+    truth = np.array([[1, 1, 1, 0, 0, 255, 255]], np.uint8)
+    prediction = np.array([[1, 1, 0, 1, 0, 1, 1]], bool)
+    assert overlap(prediction, truth) == pytest.approx(2 / 4)
+
+
+def test_overlap_with_nothing_is_whole_for_an_empty_mask_and_none_for_any_other():
+    truth = np.array([[0, 0, 0, 255]], np.uint8)
+    assert overlap(np.array([[False, False, False, True]]), truth) == 1
+    assert overlap(np.array([[True, False, False, False]]), truth) == 0
+
+
 def test_arrays_that_do_not_fit_are_refused():
     prediction, truth = masks(1)
     with pytest.raises(UserError, match="nothing but 255"):
         evaluate_mask(prediction, np.full_like(truth, 255))
-    for pair in [(prediction.astype(float), truth), (prediction[1:], truth), (prediction, truth * 2)]:
+    for mask, labels in [(prediction.astype(float), truth), (prediction[1:], truth),
+                         (prediction, truth * 2)]:
         with pytest.raises(ValueError, match="mask|label"):
-            evaluate_mask(*pair)
+            evaluate_mask(mask, labels)
 
 
 def test_the_mean_is_over_images_and_not_over_pixels():
@@ -116,7 +146,8 @@ def test_the_mean_is_over_images_and_not_over_pixels():
 def test_classes_weigh_alike_however_many_images_hold_them():
     rows = [dict.fromkeys(("IoU", "F", "BER", "E", "MAE"), value) for value in (0.2, 0.9, 0.4)]
     means = average(rows, ["cat", "dog", "cat"])
-    assert {label: row["mIoU"] for label, row in means["per_class"].items()} == pytest.approx({"cat": 0.3, "dog": 0.9})
+    by_class = {label: row["mIoU"] for label, row in means["per_class"].items()}
+    assert by_class == pytest.approx({"cat": 0.3, "dog": 0.9})
     assert [means[name] for name in ("mIoU", "F", "BER", "E", "MAE")] == pytest.approx([0.6] * 5)
 
 
@@ -142,7 +173,8 @@ def test_the_papers_figures_are_those_of_its_tables():
 
 
 def test_a_results_table_sets_the_papers_figures_beside_ours():
-    table = results_table({"AlignSAM": {"mIoU": 0.5, "E": 0.7, "MAE": 0.12345, "FR": 0.3}}, paper_row("duts"))
+    ours = {"AlignSAM": {"mIoU": 0.5, "E": 0.7, "MAE": 0.12345, "FR": 0.3}}
+    table = results_table(ours, paper_row("duts"))
     lines = table.splitlines()
     assert lines[0] == "|  | mIoU | E | E (paper) | MAE | MAE (paper) | FR | FR (paper) |"
     assert lines[2] == "| AlignSAM | 50.00 | 70.00 | 78.21 | 0.123 | 0.082 | 30.00 | 32.90 |"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from scipy import ndimage
 
-from common.datasets import list_samples, load_image, load_labels
+from common.datasets import list_samples, load_image, load_label_map
 from common.standin import model, scenes
 from common.standin.training import auxiliary
 from common.standin.training.store import draw_small
@@ -127,7 +127,7 @@ def test_a_demo_data_set_is_read_by_the_benchmarks_own_adapter(effect, tmp_path,
     assert len(tests) == 2
     for index, sample in enumerate(sorted(tests, key=lambda sample: sample.name)):
         scene = scenes.draw_for_task(effect, "test", index)
-        assert np.array_equal(load_labels(sample, task, (256, 256)), scene.labels(effect))
+        assert np.array_equal(load_label_map(sample, task, (256, 256)), scene.labels(effect))
         assert np.abs(load_image(sample.image).astype(int) - scene.image).mean() < 6  # JPEG
 
 

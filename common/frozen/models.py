@@ -27,7 +27,7 @@ class FrozenModels:
         for_sam = squash(image, self.embedder.sam.image_encoder.img_size, self.frame)
         return for_sam, np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BILINEAR))
 
-    def features(self, seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute(self, seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
         """F (B, C, h, w) and M_c (B, K, h, w), resized to h x w, both float32, of B pictures as `see` returns them."""
         for_sam, for_clip = map(np.stack, zip(*seen))
         embeddings = self.embedder.embed(for_sam)

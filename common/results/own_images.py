@@ -157,7 +157,7 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], cl
     def compute(batch: list[tuple[Path, np.ndarray]]) -> tuple[Episode, np.ndarray]:
         """AlignSAM on the chosen texts of one image: the episode as it ended, and masks (K, H, W) bool."""
         [(path, image)] = batch
-        embedding, maps = frozen.features([frozen.see(image)])
+        embedding, maps = frozen.compute([frozen.see(image)])
         for what, values in (("SAM's embedding", embedding), ("the CLIP map", maps)):
             if not values.isfinite().all():
                 raise UserError(f"{what} of {path} holds NaN or infinite values: run stage 1 with PRECISION=fp32 into "

@@ -26,7 +26,7 @@ from PIL import Image
 
 from common.agent import Actor, Critic
 from common.cache import Cache
-from common.datasets import Sample, _read_list, image_size, load_image, load_labels
+from common.datasets import Sample, _read_list, image_size, load_image, load_label_map
 from common.episode import patch_centres
 from common.frozen.sam import load_sam
 from common.results import tables
@@ -53,14 +53,14 @@ def read_image(path: Path) -> str:
 
 
 def read_mask(path: Path) -> str:
-    labels = load_labels(Sample("0", path, path, "train"), get_task("folder", "thing"), MASK_SIZE)
+    labels = load_label_map(Sample("0", path, path, "train"), get_task("folder", "thing"), MASK_SIZE)
     sound(labels.dtype == np.uint8 and labels.shape == MASK_SIZE and labels.max() <= 1, "labels of no sense")
     return ""
 
 
 def read_palette(path: Path) -> str:
     task, size = get_task("demo_semantic"), (192, 192)
-    labels = load_labels(Sample("0", path, path, "train"), task, size)
+    labels = load_label_map(Sample("0", path, path, "train"), task, size)
     known = {*range(len(DEMO_CLASSES) + 1), 255}
     sound(labels.dtype == np.uint8 and labels.shape == size and set(np.unique(labels)) <= known, "labels of no sense")
     return ""
@@ -88,7 +88,7 @@ def read_cache(path: Path) -> str:
     attributes = {key: value for key, value in features.attrs.items() if key not in ("time", "versions")}
     centres = patch_centres(features.attrs["image_size"], features.attrs["patch_size"])
     shots, test = features.training_set(0, 3, CPU), features.samples("test")
-    values = [shots.samples, shots.embeddings, shots.maps, shots.truth, shots.truth_centres, *shots.labels, test,
+    values = [shots.samples, shots.embeddings, shots.maps, shots.truth, shots.truth_centres, *shots.label_maps, test,
               features.embeddings(test), features.maps(test), features.truth_centres(test), features.truth_grid(test),
               *(features.label_map(sample) for sample in test), *(features.picture(sample) for sample in test)]
     values = [np.asarray(value) for value in values]
