@@ -1,10 +1,10 @@
-"""Stage 1: SAM's image embeddings and CLIP Surgery's maps, computed once per image into one HDF5 file.
+"""Stage 1: SAM's image embeddings and CLIP Surgery's maps, once per image, into one HDF5 file.
 
-    python 01_cache_features.py [NAME=value ...]        NAME is any constant below; `help` lists them
-    torchrun --nproc_per_node=4 01_cache_features.py …  four processes share the images
+    python 01_cache_features.py [NAME=value ...]   NAME is any constant below; `help` lists them
+    torchrun --nproc_per_node=4 01_cache_features.py ...   four processes share the images
 
-Nothing inside SAM or CLIP is ever trained, so neither F = E_I(x) nor M_c ever changes. Killed at any moment, the same
-command goes on where it stopped.
+Nothing inside SAM or CLIP is ever trained, so neither F = E_I(x) nor M_c ever changes. Killed at
+any moment, the same command goes on where it stopped.
 """
 
 import importlib.metadata
@@ -15,36 +15,47 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import cache
-from common.datasets import draw_shots, image_size, list_samples, load_image, load_label_map
-from common.frozen.clip_surgery import ClipSurgery, load_clip
+from common.cache_file import PICTURE, CacheWriter, Layout
+from common.datasets import (
+    Sample,
+    draw_shots,
+    image_size,
+    list_samples,
+    load_image,
+    load_label_map,
+)
+from common.frozen.clip_surgery import ClipSurgery
+from common.frozen.clip_weights import load_clip
 from common.frozen.models import FrozenModels
-from common.frozen.sam import SamEmbedder, load_sam, sam_fingerprint
+from common.frozen.sam import SamEmbedder
+from common.frozen.sam_weights import load_sam, sam_fingerprint
 from common.runtime import checkpoint, distributed, files, script, settings
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
-from common.tasks import get_task, with_prompt
+from common.tasks import Task, get_task, with_prompt
 
-# what is segmented
-TASK = "demo_saliency"  # demo_blur|shadow|mirror|saliency|semantic (drawn here), cuhk, sbu, msd, duts, voc, folder
+# what is segmented: one of demo_blur, demo_shadow, demo_mirror, demo_saliency, demo_semantic (drawn
+# here), cuhk, sbu, msd, duts, voc, folder
+TASK = "demo_saliency"
 DATA_DIR = ""  # where the data set lies; empty = data/<TASK>
-PROMPT = ""  # the text that names the target: of TASK = "folder", or in the place of another task's one text
-CUHK_WHITE_IS_BLURRED = True  # CUHK does not say which colour its masks mark, and copies differ; false takes black
+PROMPT = ""  # the target's text: of TASK = "folder", or in place of another task's one text
+CUHK_WHITE_IS_BLURRED = True  # copies of CUHK differ in what white means; false: white is sharp
 SHOTS = 50  # labelled training samples drawn (paper, section 4)
 SEED = 0  # of that draw
 
 # the frozen models
-SAM = "demo"  # vit_h (the paper's), vit_l, vit_b, a checkpoint's path, or demo (this repository's small stand-in)
-CLIP = "demo"  # an open_clip ViT as name/tag, such as ViT-B-16-quickgelu/openai, or name/file; or demo
-CLIP_SIZE = 0  # pixels a side that CLIP sees; 0 = 512 (CLIP Surgery's sharper setting), 192 for the stand-in
+SAM = "demo"  # vit_h (the paper's), vit_l, vit_b, a checkpoint's path, or demo (a small stand-in)
+CLIP = "demo"  # an open_clip ViT: name/tag, as ViT-B-16-quickgelu/openai, or name/file; or demo
+CLIP_SIZE = 0  # pixels a side that CLIP sees; 0 = 512 (CLIP Surgery's sharper size), 192 for demo
 IMAGE_SIZE = 800  # every picture is squashed to this square; points live in it (Eq. 3)
-PATCH_SIZE = 80  # the agent's actions are the centres of patches of this size: 10 x 10 of them (Eq. 3)
+PATCH_SIZE = 80  # actions are the centres of patches of this size: 10 x 10 of them (Eq. 3)
 
 # how it is computed
 BATCH_SIZE = 8  # images at a time through SAM and CLIP; halves itself where memory runs out
@@ -57,13 +68,43 @@ RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # the cache; empty = features.h5 in the run folder
 
 
+class Decoded(NamedTuple):
+    """One image, ready for the models and the cache."""
+
+    row: int  # in the cache
+    seen: tuple[np.ndarray, np.ndarray]  # what SAM and CLIP see, see `FrozenModels.see`
+    label_map: np.ndarray  # uint8 (H, W)
+    picture: np.ndarray  # uint8 (256, 256, 3)
+
+
+def decode(row: int, sample: Sample, task: Task, frozen: FrozenModels) -> Decoded:
+    """Reads one image and its mask; runs in a thread of its own."""
+    image = load_image(sample.image)
+    label_map = load_label_map(sample, task, image.shape[:2])
+    picture = Image.fromarray(image).resize((PICTURE, PICTURE), Image.BILINEAR)
+    return Decoded(row, frozen.see(image), label_map, np.asarray(picture))
+
+
+def decode_ahead(rows: list[int], images: list[Sample], task: Task,
+                 frozen: FrozenModels) -> Iterator[Decoded]:
+    """`decode` of these rows, in their order, by threads that work while the models compute."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        waiting = (pool.submit(decode, row, images[row], task, frozen) for row in rows)
+        ahead = deque(islice(waiting, 2 * BATCH_SIZE))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(islice(waiting, 1))
+
+
 def main() -> None:
     settings.positive(globals(), "SHOTS", "IMAGE_SIZE", "PATCH_SIZE", "BATCH_SIZE", "WORKERS")
     settings.not_negative(globals(), "SEED", "CLIP_SIZE")
     if SHOTS < 2:
-        raise UserError(f"SHOTS={SHOTS} is too few to compare an action with another: set 2 or more")
+        raise UserError(f"SHOTS={SHOTS} is too few to compare an action with another: set 2 or "
+                        "more")
     if IMAGE_SIZE % PATCH_SIZE:
-        raise UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one that does")
+        raise UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one "
+                        "that does")
     device = distributed.own(script.device(DEVICE))
     task = with_prompt(get_task(TASK, PROMPT), PROMPT)
     if TASK == "cuhk":
@@ -77,8 +118,8 @@ def main() -> None:
     # the images: the drawn training samples and the whole test set
     samples = list_samples(task, data_dir)
     drawn = draw_shots(samples, task, SHOTS, SEED)  # (sample, text index) pairs
-    shot_images = list(dict.fromkeys(sample for sample, _ in drawn))  # a VOC image may be drawn for two classes
-    images = shot_images + [sample for sample in samples if sample.split == "test"]
+    shots = list(dict.fromkeys(sample for sample, _ in drawn))  # once, though drawn for two classes
+    images = shots + [sample for sample in samples if sample.split == "test"]
     row_of = {sample: row for row, sample in enumerate(images)}
 
     # the frozen models
@@ -88,61 +129,50 @@ def main() -> None:
     embedder = SamEmbedder(sam, PRECISION)
     clip_size = CLIP_SIZE or (192 if CLIP == "demo" else 512)
     frozen = FrozenModels(embedder, ClipSurgery(clip, tokenizer, clip_size, task.texts), IMAGE_SIZE)
-    grid = sam.prompt_encoder.image_embedding_size
 
-    layout = cache.Layout(
+    # the cache, laid out before the first image
+    sizes = tqdm(images, "reading sizes", leave=False, disable=distributed.RANK > 0)
+    layout = Layout(
         names=[sample.name for sample in images], splits=[sample.split for sample in images],
-        sizes=[image_size(sample.image)
-               for sample in tqdm(images, "reading sizes", leave=False, disable=distributed.RANK > 0)],
+        sizes=[image_size(sample.image) for sample in sizes],
         shots=[(row_of[sample], text) for sample, text in drawn], texts=task.texts,
-        embedding=(sam.prompt_encoder.embed_dim, *grid), frame=IMAGE_SIZE, patch=PATCH_SIZE)
-    provenance = {
-        "task": TASK, "branch": task.branch, "sam": SAM, "sam_fingerprint": sam_fingerprint(sam), "clip": CLIP,
-        "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()), "clip_size": clip_size,
-        "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED, "precision": "bf16" if embedder.bf16 else "fp32",
+        embedding=(sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size),
+        frame=IMAGE_SIZE, patch=PATCH_SIZE)
+    packages = ("torch", "segment_anything", "open_clip_torch")
+    made_with = {
+        "task": TASK, "branch": task.branch, "sam": SAM, "sam_fingerprint": sam_fingerprint(sam),
+        "clip": CLIP, "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()),
+        "clip_size": clip_size, "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
+        "precision": "bf16" if embedder.bf16 else "fp32",
         **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "versions": {name: importlib.metadata.version(name)
-                     for name in ("torch", "segment_anything", "open_clip_torch")}}
+        "versions": {name: importlib.metadata.version(name) for name in packages}}
     run_dir = script.run_dir(RUN_DIR, TASK)
     path = script.cache_path(FEATURES, run_dir)
     with distributed.rank_0_first():  # the file is laid out once
         files.lock(path.parent)
-        writer = cache.CacheWriter.open_or_create(path, layout, provenance)
+        writer = CacheWriter.open_or_create(path, layout, made_with)
 
-    def read(row: int) -> tuple[int, tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
-        """One image: its row, what SAM and CLIP see, its label map, its small picture."""
-        sample = images[row]
-        image = load_image(sample.image)
-        return (row, frozen.see(image), load_label_map(sample, task, image.shape[:2]),
-                np.asarray(Image.fromarray(image).resize((cache.PICTURE, cache.PICTURE), Image.BILINEAR)))
+    # F and M_c of the images that are missing, a share for each of torchrun's processes
+    def compute(batch: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        return frozen.compute([image.seen for image in batch])
 
-    def read_ahead(rows: list[int], pool: ThreadPoolExecutor) -> Iterator[tuple]:
-        """What `read` returns of these rows, in their order, decoded by the pool while the models compute."""
-        waiting = iter(rows)
-        ahead = deque(pool.submit(read, row) for row in islice(waiting, 2 * BATCH_SIZE))
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(pool.submit(read, row) for row in islice(waiting, 1))
-
-    def embed(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
-        """F (B, C, h, w) and M_c (B, K, h, w) of a batch of what `read` returns."""
-        return frozen.compute([seen for _, seen, _, _ in batch])
-
-    mend = "choose a smaller SAM (SAM=vit_b is the smallest of Meta's), PRECISION=bf16 or DEVICE=cpu"
-    missing = distributed.share(writer.missing())
-    bar = tqdm(desc=f"embedding {TASK}", total=len(images), initial=len(images) - len(writer.missing()),
+    mend = "choose a smaller SAM (SAM=vit_b is Meta's smallest), PRECISION=bf16 or DEVICE=cpu"
+    missing = writer.missing()
+    decoded = decode_ahead(distributed.share(missing), images, task, frozen)
+    bar = tqdm(desc=f"embedding {TASK}", total=len(images), initial=len(images) - len(missing),
                disable=distributed.RANK > 0)
-    with writer, bar, ThreadPoolExecutor(WORKERS) as pool:
-        for batch, (embeddings, maps) in in_batches(read_ahead(missing, pool), BATCH_SIZE, embed, mend):
-            rows, _, labels, pictures = zip(*batch)
-            for entry in zip(rows, embeddings, maps, labels, pictures):
-                writer.write(*entry)
-            bar.update(len(images) - len(writer.missing()) - bar.n)  # what the other processes wrote counts too
+    with writer, bar:
+        for batch, (embeddings, maps) in in_batches(decoded, BATCH_SIZE, compute, mend):
+            for image, embedding, own_maps in zip(batch, embeddings, maps):
+                writer.write(image.row, embedding, own_maps, image.label_map, image.picture)
+            done = len(images) - len(writer.missing())  # counts what other processes wrote
+            bar.update(done - bar.n)
         distributed.barrier()
         bar.update(len(images) - bar.n)
 
-    print(f"{len(images)} images ({len(drawn)} training samples), {path.stat().st_size / 1e6:.0f} MB")
+    print(f"{len(images)} images ({len(drawn)} training samples), "
+          f"{path.stat().st_size / 1e6:.0f} MB")
     script.goodbye([path], script.command("02_train_srm.py", globals()))
 
 

@@ -13,8 +13,18 @@ import torch
 from torch import optim
 from tqdm import tqdm
 
-from common.agent import (LOGIT_SCALE, Actor, Critic, Learner, Rollout, normalise, pick, policy,
-                          ppo_update, returns)
+from common.agent import (
+    LOGIT_SCALE,
+    Actor,
+    Critic,
+    Learner,
+    Rollout,
+    normalise,
+    pick,
+    policy,
+    ppo_update,
+    returns,
+)
 from common.cache import TrainingSet
 from common.episode import Episode, random_pixels
 from common.metrics import grid_iou

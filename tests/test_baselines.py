@@ -23,11 +23,15 @@ def test_the_best_threshold_is_the_one_whose_masks_fit_the_training_samples():
     truths = [np.zeros((40, 40), np.uint8) for _ in range(3)]
     for index, truth in enumerate(truths):
         truth[10 * index:10 * index + 12, 5:30] = 1
-    maps = torch.stack([torch.from_numpy(np.where(truth == 1, 0.62, 0.48)) for truth in truths]).float()
+    maps = torch.stack(
+        [torch.from_numpy(np.where(truth == 1, 0.62, 0.48)) for truth in truths]
+    ).float()
     assert 0.48 < best_threshold(maps, truths) < 0.62
 
 
-@pytest.mark.parametrize("ignored, taken_for, moved_to", [(0.72, 0, (0.7, 0.9)), (0.12, 1, (0, 0.12))])
+@pytest.mark.parametrize(
+    "ignored, taken_for, moved_to", [(0.72, 0, (0.7, 0.9)), (0.12, 1, (0, 0.12))]
+)
 def test_ignored_pixels_do_not_move_the_threshold(ignored, taken_for, moved_to):
     truth = np.full((40, 40), 255, np.uint8)
     truth[:10], truth[10:20] = 1, 0
@@ -36,7 +40,11 @@ def test_ignored_pixels_do_not_move_the_threshold(ignored, taken_for, moved_to):
     maps = torch.from_numpy(values)[None].float()
     assert 0.32 < best_threshold(maps, [truth]) < 0.62
     low, high = moved_to  # where it would lie if they counted
-    assert low < best_threshold(maps, [np.where(truth == 255, taken_for, truth).astype(np.uint8)]) < high
+    assert (
+        low
+        < best_threshold(maps, [np.where(truth == 255, taken_for, truth).astype(np.uint8)])
+        < high
+    )
 
 
 def test_the_maps_points_are_its_highest_and_lowest_patches():
@@ -54,7 +62,8 @@ def test_the_first_click_is_the_middle_of_the_largest_part_of_the_target():
     truth = np.zeros((100, 200), np.uint8)
     truth[20:61, 40:81], truth[90:95, 180:190] = 1, 1
     points, labels = next_clicks([np.zeros(truth.shape, bool)], [truth], 800)
-    assert points.tolist() == [[[60.5 * 4, 40.5 * 8]]] and labels.tolist() == [[1]]  # x, y in the squashed frame
+    # X, y in the squashed frame.
+    assert points.tolist() == [[[60.5 * 4, 40.5 * 8]]] and labels.tolist() == [[1]]
 
 
 def test_the_next_click_is_where_the_mask_is_most_wrong_and_tells_the_truth():

@@ -1,4 +1,4 @@
-"""The feature cache: whole entries only, whatever is killed when; truth that matches the label maps."""
+"""The feature cache: whole entries only, whatever is killed; truth that matches the label maps."""
 
 import errno
 import multiprocessing
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.cache import (
+from common.cache import Cache
+from common.cache_file import (
     SUMMED,
-    Cache,
     CacheWriter,
     Layout,
     bytes_per_image,
@@ -43,14 +43,14 @@ WRITES = 9  # calls of os.pwrite for an entry: seven arrays, their CRCs and the 
 
 
 def entry(row: int) -> dict[str, np.ndarray]:
-    """An image's arrays, different in every row; no label map holds the second text but row 1's and 2's."""
+    """An image's arrays, different in every row; only rows 1 and 2 hold the second text."""
     rng = np.random.default_rng(row)
     held = [0, 1, 2, 255] if row in (1, 2) else [0, 1, 255]
     labels = rng.choice(np.array(held, np.uint8), LAYOUT.sizes[row])
     return {
         "embedding": rng.standard_normal(LAYOUT.embedding, np.float32),
         "maps": rng.random((2, 4, 4), np.float32),
-        "labels": labels,
+        "label_map": labels,
         "picture": rng.integers(0, 256, (256, 256, 3), np.uint8),
     }
 
@@ -64,11 +64,11 @@ def write(path: Path, rows: list[int] | None = None) -> None:
 def contents(path: Path) -> dict[str, bytes]:
     """Every dataset and attribute, as plain h5py reads them."""
     with h5py.File(path, "r") as file:
-        return {name: file[name][:].tobytes() for name in file} | {key: v for key, v in file.attrs.items()}
+        return {name: file[name][:].tobytes() for name in file} | dict(file.attrs)
 
 
 def assert_done_entries_are_whole(path: Path) -> int:
-    """Opens the file with plain h5py and compares each entry that counts as done; returns their number."""
+    """Compares each entry that counts as done, as plain h5py reads it; returns their number."""
     with h5py.File(path, "r") as file:
         done = np.flatnonzero(file["done"][:])
         for row in done:
@@ -77,12 +77,13 @@ def assert_done_entries_are_whole(path: Path) -> int:
             assert np.array_equal(file["embeddings"][row], expected["embedding"].astype(np.float16))
             assert np.array_equal(file["maps"][row], expected["maps"].astype(np.float16))
             assert np.array_equal(file["pictures"][row], expected["picture"])
-            assert np.array_equal(file["labels"][start:end].reshape(file["sizes"][row]), expected["labels"])
-            present = [(expected["labels"] == 1).any(), (expected["labels"] == 2).any()]
+            label_map = file["labels"][start:end].reshape(file["sizes"][row])
+            assert np.array_equal(label_map, expected["label_map"])
+            present = [(expected["label_map"] == 1).any(), (expected["label_map"] == 2).any()]
             assert np.array_equal(file["present"][row], present)
             for k in range(2):
-                grid = truth_on_grid(expected["labels"], k + 1, (4, 4))
-                centres = truth_at_centres(expected["labels"], k + 1, 800, 80)
+                grid = truth_on_grid(expected["label_map"], k + 1, (4, 4))
+                centres = truth_at_centres(expected["label_map"], k + 1, 800, 80)
                 assert np.array_equal(file["truth_grid"][row, k], grid)
                 assert np.array_equal(file["truth_centres"][row, k], centres)
     return len(done)
@@ -99,7 +100,7 @@ def complete(path: Path) -> Path:
     return path
 
 
-# ---- kills -------------------------------------------------------------------------------------------------
+# ---- kills ---------------------------------------------------------------------------------------
 
 
 def test_plain_h5py_reads_the_file_after_every_single_write(path, monkeypatch):
@@ -201,12 +202,13 @@ def test_an_entry_that_is_done_is_left_as_it_is(path):
     assert assert_done_entries_are_whole(path) == 1
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key, value", [("seed", 1), ("sam", "vit_b"), ("precision", "bfloat16")])
 def test_a_contradiction_names_the_constant_and_both_values(complete, key, value):
-    message = rf"features.h5 .* {key.upper()}={ATTRIBUTES.get(key)}, and now it is {value}: .*delete the file"
+    was = f"{key.upper()}={ATTRIBUTES.get(key)}"
+    message = rf"features.h5 .* {was}, and now it is {value}: .*delete the file"
     with pytest.raises(UserError, match=message):
         CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES | {key: value})
 
@@ -244,7 +246,9 @@ def test_too_little_space_is_said_before_anything_is_written(path, monkeypatch):
     layout = replace(LAYOUT, embedding=(256, 64, 64), texts=["shadow"], shots=[(2, 0), (0, 0)])
     needed = sum(bytes_per_image((256, 64, 64), 1, size) for size in LAYOUT.sizes)
     monkeypatch.setattr(shutil, "disk_usage", lambda where: usage(0, 0, needed - 1))
-    with pytest.raises(UserError, match=r"features.h5 needs 0.01 GB and its disk has 0.01 GB free: "):
+    with pytest.raises(
+        UserError, match=r"features.h5 needs 0.01 GB and its disk has 0.01 GB free: "
+    ):
         CacheWriter.open_or_create(path, layout, ATTRIBUTES)
     assert list(path.parent.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda where: usage(0, 0, needed))
@@ -255,7 +259,9 @@ def test_the_remains_of_a_killed_creation_are_gone_before_space_is_measured(path
     path.parent.mkdir()
     path.with_name("features.h5.tmp").write_bytes(b"left over")
     usage, found = shutil.disk_usage, []
-    monkeypatch.setattr(shutil, "disk_usage", lambda at: found.extend(path.parent.iterdir()) or usage(at))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda at: found.extend(path.parent.iterdir()) or usage(at)
+    )
     CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES).close()
     assert found == [] and path.exists()
 
@@ -264,19 +270,23 @@ def test_the_remains_of_a_killed_creation_are_gone_before_space_is_measured(path
 def test_the_space_is_reserved_when_the_file_is_created(path):
     CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES).close()
     stat = path.stat()
-    assert stat.st_blocks * 512 >= stat.st_size >= sum(bytes_per_image((8, 4, 4), 2, s) for s in LAYOUT.sizes)
+    needed = sum(bytes_per_image((8, 4, 4), 2, size) for size in LAYOUT.sizes)
+    assert stat.st_blocks * 512 >= stat.st_size >= needed
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
 @pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_or_quota_that_fills_while_space_is_reserved_ends_in_a_sentence(path, monkeypatch, full):
+def test_a_disk_or_quota_that_fills_while_space_is_reserved_ends_in_a_sentence(
+    path, monkeypatch, full
+):
     def fill(fd, offset, size):
         raise OSError(full, os.strerror(full))
 
     monkeypatch.setattr(os, "posix_fallocate", fill)
     with pytest.raises(UserError, match=f"features.h5 cannot be created .*{os.strerror(full)}"):
         CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES)
-    assert [file.stat().st_size for file in path.parent.iterdir()] == [0]  # the reserved space is given back
+    # The reserved space is given back.
+    assert [file.stat().st_size for file in path.parent.iterdir()] == [0]
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
@@ -291,7 +301,9 @@ def test_a_file_system_that_cannot_reserve_space_will_do(path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/features.h5 cannot be created .*set another RUN_DIR"):
+    with pytest.raises(
+        UserError, match=r"file/features.h5 cannot be created .*set another RUN_DIR"
+    ):
         CacheWriter.open_or_create(tmp_path / "file" / "features.h5", LAYOUT, ATTRIBUTES)
 
 
@@ -322,19 +334,25 @@ def test_arrays_that_do_not_fit_each_other_are_named(complete):
     with h5py.File(complete, "r+") as file:
         del file["maps"]
         file["maps"] = np.zeros((4, 1, 4, 4), np.float16)
-    with pytest.raises(UserError, match=r"/maps is float16 \(4, 1, 4, 4\) and not float16 \(4, 2, 4, 4\)"):
+    with pytest.raises(
+        UserError, match=r"/maps is float16 \(4, 1, 4, 4\) and not float16 \(4, 2, 4, 4\)"
+    ):
         Cache.open(complete)
 
 
 def test_another_format_is_named(complete):
     with h5py.File(complete, "r+") as file:
         file.attrs["format"] = 99
-    with pytest.raises(UserError, match=r"features.h5 has cache format 99.*delete it and run 01_cache"):
+    with pytest.raises(
+        UserError, match=r"features.h5 has cache format 99.*delete it and run 01_cache"
+    ):
         Cache.open(complete)
 
 
 def test_a_missing_cache_names_the_script_that_makes_it(path):
-    with pytest.raises(UserError, match=r"features.h5 does not exist: run 01_cache\S+ TASK=msd first"):
+    with pytest.raises(
+        UserError, match=r"features.h5 does not exist: run 01_cache\S+ TASK=msd first"
+    ):
         Cache.open(path, "msd", "01_cache_features.py TASK=msd")
 
 
@@ -350,9 +368,11 @@ def test_values_that_are_not_finite_are_refused_with_the_images_name(path, array
     before = path.read_bytes()
     values = entry(1)
     values[array][1, 2, 3] = bad
-    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
-        with pytest.raises(UserError, match=r"of naïve holds NaN or infinite values"):
-            writer.write(1, **values)
+    with (
+        CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer,
+        pytest.raises(UserError, match=r"of naïve holds NaN or infinite values"),
+    ):
+        writer.write(1, **values)
     assert path.read_bytes() == before
 
 
@@ -361,7 +381,9 @@ def test_an_embedding_that_went_bad_on_the_disk_is_named_when_it_is_read(complet
         file["embeddings"][1, 0, 0, 0] += 1
     opened = Cache.open(complete)
     assert opened.embedding([0, 2, 3]).isfinite().all()
-    with pytest.raises(UserError, match=r"features.h5 is damaged \(/embeddings of naïve is not what was written\)"):
+    with pytest.raises(
+        UserError, match=r"features.h5 is damaged \(/embeddings of naïve is not what was written\)"
+    ):
         opened.embeddings(np.array([[0, 0], [1, 0]]))
 
 
@@ -369,8 +391,12 @@ def test_embeddings_that_another_tool_compressed_are_refused(complete):
     with h5py.File(complete, "r+") as file:
         values = file["embeddings"][:]
         del file["embeddings"]
-        file.create_dataset("embeddings", data=values, chunks=(1, *values.shape[1:]), compression="gzip")
-    with pytest.raises(UserError, match="compressed or chunked anew .*h5repack -f NONE -l embeddings:CHUNK=1x"):
+        file.create_dataset(
+            "embeddings", data=values, chunks=(1, *values.shape[1:]), compression="gzip"
+        )
+    with pytest.raises(
+        UserError, match="compressed or chunked anew .*h5repack -f NONE -l embeddings:CHUNK=1x"
+    ):
         Cache.open(complete)
 
 
@@ -379,7 +405,8 @@ def test_an_embedding_whose_chunk_is_gone_is_named_when_it_is_read(complete):
         values = file["embeddings"][:1]
         shape = file["embeddings"].shape
         del file["embeddings"]
-        file.create_dataset("embeddings", shape, values.dtype, chunks=(1, *shape[1:]))[0] = values[0]
+        embeddings = file.create_dataset("embeddings", shape, values.dtype, chunks=(1, *shape[1:]))
+        embeddings[0] = values[0]
     opened = Cache.open(complete)
     assert opened.embedding([0]).isfinite().all()
     with pytest.raises(UserError, match="features.h5 is damaged .*/embeddings of naïve"):
@@ -394,20 +421,28 @@ def test_a_single_bit_that_went_bad_in_any_dataset_is_noticed(complete, dataset)
     content[place] ^= 4
     complete.write_bytes(content)
     opened, samples = Cache.open(complete), np.array([[0, 0], [1, 0]])
-    read = {"embeddings": opened.embeddings, "maps": opened.maps, "truth_grid": opened.truth_grid,
-            "truth_centres": opened.truth_centres, "present": lambda _: opened.samples("test"),
-            "labels": lambda _: opened.label_map(samples[1]), "pictures": lambda _: opened.picture(samples[1])}[dataset]
+    read = {
+        "embeddings": opened.embeddings,
+        "maps": opened.maps,
+        "truth_grid": opened.truth_grid,
+        "truth_centres": opened.truth_centres,
+        "present": lambda _: opened.samples("test"),
+        "labels": lambda _: opened.label_map(samples[1]),
+        "pictures": lambda _: opened.picture(samples[1]),
+    }[dataset]
     with pytest.raises(UserError, match=f"/{dataset} of naïve is not what was written"):
         read(samples)
 
 
 def test_a_label_map_of_another_size_names_the_image(path):
-    with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
-        with pytest.raises(UserError, match=r"naïve is now \(5, 9\) pixels, but \(9, 5\) in"):
-            writer.write(1, **entry(1) | {"labels": np.zeros((5, 9), np.uint8)})
+    with (
+        CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer,
+        pytest.raises(UserError, match=r"naïve is now \(5, 9\) pixels, but \(9, 5\) in"),
+    ):
+        writer.write(1, **entry(1) | {"label_map": np.zeros((5, 9), np.uint8)})
 
 
-@pytest.mark.parametrize("array, wrong", [("labels", np.int64), ("picture", np.float32)])
+@pytest.mark.parametrize("array, wrong", [("label_map", np.int64), ("picture", np.float32)])
 def test_an_array_of_another_type_is_not_written_over_its_neighbours(path, array, wrong):
     with CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES) as writer:
         before = path.read_bytes()
@@ -416,7 +451,7 @@ def test_an_array_of_another_type_is_not_written_over_its_neighbours(path, array
     assert path.read_bytes() == before
 
 
-# ---- reading -----------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def test_samples_are_the_shots_and_the_test_images_with_the_texts_they_hold(complete):
@@ -426,8 +461,10 @@ def test_samples_are_the_shots_and_the_test_images_with_the_texts_they_hold(comp
 
 
 def test_an_empty_mask_of_a_binary_task_is_evaluated(path):
-    values = entry(1) | {"labels": np.zeros((9, 5), np.uint8), "maps": entry(1)["maps"][:1]}
-    layout = replace(LAYOUT, names=["naïve"], splits=["test"], sizes=[(9, 5)], shots=[], texts=["shadow"])
+    values = entry(1) | {"label_map": np.zeros((9, 5), np.uint8), "maps": entry(1)["maps"][:1]}
+    layout = replace(
+        LAYOUT, names=["naïve"], splits=["test"], sizes=[(9, 5)], shots=[], texts=["shadow"]
+    )
     with CacheWriter.open_or_create(path, layout, ATTRIBUTES) as writer:
         writer.write(0, **values)
     opened = Cache.open(path)
@@ -439,13 +476,16 @@ def test_samples_are_read_in_the_order_asked_for(complete):
     opened, samples = Cache.open(complete), np.array([[2, 1], [0, 0], [2, 0]])
     embeddings, maps = opened.embeddings(samples), opened.maps(samples)
     grid, centres = opened.truth_grid(samples), opened.truth_centres(samples)
-    assert (embeddings.dtype, maps.dtype, grid.dtype) == (torch.float16, torch.float32, torch.float32)
+    assert embeddings.dtype == torch.float16
+    assert maps.dtype == grid.dtype == torch.float32
     for i, (row, text) in enumerate(samples):
         expected = entry(row)
         assert np.array_equal(embeddings[i], expected["embedding"].astype(np.float16))
         assert np.array_equal(maps[i], expected["maps"][text].astype(np.float16))
-        assert np.array_equal(grid[i], truth_on_grid(expected["labels"], text + 1, (4, 4)))
-        assert np.array_equal(centres[i], truth_at_centres(expected["labels"], text + 1, 800, 80))
+        assert np.array_equal(grid[i], truth_on_grid(expected["label_map"], text + 1, (4, 4)))
+        assert np.array_equal(
+            centres[i], truth_at_centres(expected["label_map"], text + 1, 800, 80)
+        )
 
 
 def test_targets_are_the_samples_own_text_or_any_text_that_its_image_holds(complete):
@@ -453,19 +493,22 @@ def test_targets_are_the_samples_own_text_or_any_text_that_its_image_holds(compl
     rows, generator = torch.tensor([0] * 40), torch.Generator().manual_seed(0)
     own, truth = shots.targets(rows[:1], False, generator)
     assert torch.equal(own[0], torch.from_numpy(entry(2)["maps"][0].astype(np.float16)).float())
-    assert torch.equal(truth[0], torch.from_numpy(truth_on_grid(entry(2)["labels"], 1, (4, 4))).float())
+    expected = truth_on_grid(entry(2)["label_map"], 1, (4, 4))
+    assert torch.equal(truth[0], torch.from_numpy(expected).float())
     maps, truth = shots.targets(rows, True, generator)
     first = [torch.equal(one, shots.every_map[0, 0]) for one in maps]
     assert 5 < sum(first) < 35  # the image holds both texts
     for one, y, is_first in zip(maps, truth, first):
         text = 0 if is_first else 1
-        assert torch.equal(one, shots.every_map[0, text]) and torch.equal(y, shots.every_truth[0, text])
+        assert torch.equal(one, shots.every_map[0, text])
+        assert torch.equal(y, shots.every_truth[0, text])
     maps, _ = shots.targets(torch.tensor([1] * 20), True, generator)
-    assert all(torch.equal(one, shots.every_map[1, 0]) for one in maps)  # the other image holds the first text alone
+    # The other image holds the first text alone.
+    assert all(torch.equal(one, shots.every_map[1, 0]) for one in maps)
 
 
 def test_a_samples_labels_are_its_own_text_against_the_rest(complete):
-    labels, stored = Cache.open(complete).label_map((2, 1)), entry(2)["labels"]
+    labels, stored = Cache.open(complete).label_map((2, 1)), entry(2)["label_map"]
     assert labels.dtype == np.uint8 and labels.shape == (16, 12)
     assert np.array_equal(labels == 1, stored == 2)
     assert np.array_equal(labels == 255, stored == 255)
@@ -485,15 +528,17 @@ def test_names_pictures_texts_and_attributes_come_back(complete):
 
 
 def test_one_vit_h_image_takes_the_bytes_of_its_arrays():
-    arrays = 256 * 64 * 64 * 2 + 2 * 64 * 64 * 2 + 100 + 1 + 256 * 256 * 3 + 300 * 400 + 2 * 4 + 1 + 2 * 8 + 7 * 4
+    grids = 256 * 64 * 64 * 2 + 2 * 64 * 64 * 2
+    arrays = grids + 100 + 1 + 256 * 256 * 3 + 300 * 400 + 2 * 4 + 1 + 2 * 8 + 7 * 4
     assert bytes_per_image((256, 64, 64), 1, (300, 400)) == arrays
 
 
-# ---- truth -------------------------------------------------------------------------------------------------
+# ---- truth ---------------------------------------------------------------------------------------
 
 
 def test_the_grid_holds_the_foreground_share_of_each_cells_valid_area():
-    labels = np.array([[1, 1, 0], [2, 255, 1]], np.uint8)  # a cell of the 2 x 2 grid is 1.5 pixels wide
+    # A cell of the 2 x 2 grid is 1.5 pixels wide.
+    labels = np.array([[1, 1, 0], [2, 255, 1]], np.uint8)
     assert truth_on_grid(labels, 1, (2, 2)).tolist() == [[1, float(np.float16(1 / 3))], [0, 1]]
     assert truth_on_grid(labels, 2, (2, 2)).tolist() == [[0, 0], [1, 0]]
 
@@ -509,14 +554,16 @@ def test_the_grid_is_torchs_mean_over_the_map_with_every_pixel_repeated(size):
     labels = np.random.default_rng(0).choice(np.array([0, 1, 2, 255], np.uint8), size)
     fine = torch.from_numpy(labels).repeat_interleave(5, 0).repeat_interleave(3, 1)[None]
     foreground, valid = (
-        torch.nn.functional.adaptive_avg_pool2d(mask.double(), (5, 3))[0] for mask in (fine == 1, fine != 255)
+        torch.nn.functional.adaptive_avg_pool2d(mask.double(), (5, 3))[0]
+        for mask in (fine == 1, fine != 255)
     )
     expected = torch.where(valid > 0, foreground / valid, -1.0)
     np.testing.assert_allclose(truth_on_grid(labels, 1, (5, 3)), expected, atol=5e-4)
 
 
 def test_truth_at_centres_reads_the_pixel_under_each_centre_row_by_row():
-    labels = np.array([[1, 2, 255], [0, 1, 1]], np.uint8)  # centres 1, 3 of 4: columns 0, 2, rows 0, 1
+    # Centres 1, 3 of 4: columns 0, 2, rows 0, 1.
+    labels = np.array([[1, 2, 255], [0, 1, 1]], np.uint8)
     assert truth_at_centres(labels, 1, frame=4, patch=2).tolist() == [1, 255, 0, 1]
     assert truth_at_centres(labels, 2, frame=4, patch=2).tolist() == [0, 255, 0, 0]
 
@@ -529,23 +576,25 @@ def test_the_patch_of_a_centre_is_row_times_ten_plus_column():
 
 def test_a_centre_on_the_edge_of_two_pixels_takes_the_one_that_starts_there():
     labels = np.zeros((1, 180), np.uint8)
-    labels[0, 9::18] = 1  # centre c lies at pixel coordinate 18 c + 9; in floats, 280 / 800 * 180 is below 63
+    # Centre c lies at pixel coordinate 18 c + 9; in floats, 280 / 800 * 180 is below 63.
+    labels[0, 9::18] = 1
     assert truth_at_centres(labels, 1, 800, 80).tolist() == [1] * 100
 
 
 def test_the_identity_tells_caches_apart_by_what_made_them_and_not_by_when(complete, tmp_path):
-    def identity(name: str, labels: dict[int, np.ndarray] = {}, **changed) -> str:
+    def identity(name: str, edits: dict[int, dict], **changed) -> str:
         with CacheWriter.open_or_create(tmp_path / name, LAYOUT, ATTRIBUTES | changed) as writer:
             for row in writer.missing():
-                writer.write(row, **entry(row) | ({"labels": labels[row]} if row in labels else {}))
+                writer.write(row, **entry(row) | edits.get(row, {}))
         return Cache.open(tmp_path / name).identity()
 
     same = Cache.open(complete).identity()
-    assert identity("later.h5", time="now", versions={"torch": "9"}) == same
-    assert identity("other.h5", sam="vit_b") != same
-    edited = entry(3)["labels"].copy()
+    assert identity("later.h5", {}, time="now", versions={"torch": "9"}) == same
+    assert identity("other.h5", {}, sam="vit_b") != same
+    edited = entry(3)["label_map"].copy()
     edited[0, 0] = 1 - min(edited[0, 0], 1)
-    assert identity("edited.h5", {3: edited}) != same  # a mask that was mended makes other features of the same name
+    # A mask that was mended makes other features of the same name.
+    assert identity("edited.h5", {3: {"label_map": edited}}) != same
 
 
 def changed(complete: Path, change) -> Path:
@@ -570,11 +619,15 @@ def test_sizes_and_shots_that_make_no_sense_are_refused(complete, dataset, place
         Cache.open(complete)
 
 
-@pytest.mark.parametrize("name, value", [("branch", "both"), ("clip_size", 0), ("image_size", 400), ("sam", 3),
-                                         ("precision", "")])
+@pytest.mark.parametrize(
+    "name, value",
+    [("branch", "both"), ("clip_size", 0), ("image_size", 400), ("sam", 3), ("precision", "")],
+)
 def test_an_attribute_that_makes_no_sense_is_named(complete, name, value):
     changed(complete, lambda file: file.attrs.__setitem__(name, value))
-    with pytest.raises(UserError, match=f"features.h5 is damaged .*its attribute {name} is {value}"):
+    with pytest.raises(
+        UserError, match=f"features.h5 is damaged .*its attribute {name} is {value}"
+    ):
         Cache.open(complete, "sbu")
     changed(complete, lambda file: file.attrs.__delitem__(name))
     with pytest.raises(UserError, match=f"features.h5 is damaged .*its attribute {name} is None"):
@@ -593,7 +646,9 @@ def test_a_cache_without_any_test_sample_is_named(path):
     with CacheWriter.open_or_create(path, layout, ATTRIBUTES) as writer:
         for row in writer.missing():
             writer.write(row, **entry(row))
-    with pytest.raises(UserError, match="features.h5 holds no test image with shadow or glass in it"):
+    with pytest.raises(
+        UserError, match="features.h5 holds no test image with shadow or glass in it"
+    ):
         Cache.open(path).samples("test")
 
 

@@ -11,15 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from segment_anything.modeling import Sam
 
-from common.frozen.clip_surgery import (
-    ClipSurgery,
-    encode_texts,
-    load_clip,
-    min_max,
-    surgery_tokens,
-)
+from common.frozen.clip_surgery import ClipSurgery, encode_texts, min_max, surgery_tokens
+from common.frozen.clip_weights import load_clip
 from common.frozen.models import FrozenModels
-from common.frozen.sam import SamEmbedder, load_sam
+from common.frozen.sam import SamEmbedder
+from common.frozen.sam_weights import load_sam
 
 SIZE = 64  # of the small CLIP's picture, in patches of 16
 CONFIG = {"embed_dim": 32, "quick_gelu": True,

@@ -1,4 +1,4 @@
-"""CLIP Surgery against outputs of its authors' own code, and what `load_clip` says of unusable weights."""
+"""CLIP Surgery against its authors' own outputs; what `load_clip` says of unusable weights."""
 
 import json
 from pathlib import Path
@@ -12,20 +12,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.frozen import clip_surgery
+from common.frozen import clip_surgery, clip_weights
 from common.frozen.clip_surgery import (
     ClipSurgery,
     encode_texts,
     feature_surgery,
-    load_clip,
     min_max,
     single_text_similarity,
     surgery_tokens,
 )
+from common.frozen.clip_weights import load_clip
 from common.runtime.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "clip_surgery_golden.npz")
-CLASSES = ("first", "second", "third")  # rows 0 to 2 of the golden tokens; row 3 stands for the empty string
+# Rows 0 to 2 of the golden tokens; row 3 stands for the empty string.
+CLASSES = ("first", "second", "third")
 
 
 def golden(name: str) -> torch.Tensor:
@@ -38,13 +39,27 @@ def golden_state() -> dict[str, torch.Tensor]:
 
 
 def golden_config() -> dict:
-    """open_clip's config of the golden network: 7 blocks of width 64, one head, 64 px, patches of 16."""
-    size = {key.removeprefix("config/"): int(GOLDEN[key]) for key in GOLDEN.files if "config/" in key}
-    return {"embed_dim": size["embed"], "quick_gelu": True,
-            "vision_cfg": {"image_size": size["res"], "layers": size["layers"], "width": size["width"],
-                           "patch_size": size["patch"]},
-            "text_cfg": {"context_length": 77, "vocab_size": size["vocab"], "width": size["tw"],
-                         "heads": size["tw"] // 64, "layers": size["tl"]}}
+    """open_clip's config of the golden network: 7 blocks of width 64, 64 px, patches of 16."""
+    size = {
+        key.removeprefix("config/"): int(GOLDEN[key]) for key in GOLDEN.files if "config/" in key
+    }
+    return {
+        "embed_dim": size["embed"],
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": size["res"],
+            "layers": size["layers"],
+            "width": size["width"],
+            "patch_size": size["patch"],
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": size["vocab"],
+            "width": size["tw"],
+            "heads": size["tw"] // 64,
+            "layers": size["tl"],
+        },
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +70,10 @@ def model() -> open_clip.CLIP:
 
 
 def golden_tokenizer(prompts: list[str]) -> torch.Tensor:
-    """A prompt about a class becomes the golden tokens of that class: their mean is the golden feature."""
-    rows = [next((row for row, text in enumerate(CLASSES) if text in prompt), 3) for prompt in prompts]
+    """A prompt about a class becomes its golden tokens: their mean is the golden feature."""
+    rows = [
+        next((row for row, text in enumerate(CLASSES) if text in prompt), 3) for prompt in prompts
+    ]
     return golden("tokens")[rows]
 
 
@@ -100,13 +117,17 @@ def test_maps_are_the_authors_in_a_batch_and_image_by_image(model, texts, name):
 
 def test_the_class_token_is_open_clips_own_image_feature(model):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert_equal(surgery_tokens(model.visual, images)[:, 0], model.encode_image(images, normalize=True))
+    assert_equal(
+        surgery_tokens(model.visual, images)[:, 0], model.encode_image(images, normalize=True)
+    )
 
 
 @pytest.mark.parametrize("size", [64, 100, 200])
 def test_images_of_any_size_and_either_dtype_give_one_cell_per_patch(model, size):
     surgery = ClipSurgery(model, golden_tokenizer, 128, CLASSES)
-    images = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
+    images = torch.randint(
+        0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0)
+    ).byte()
     maps = surgery.maps(images)
     assert maps.shape == (2, 3, 8, 8) and maps.dtype == torch.float32
     assert_equal(maps.amin(dim=(2, 3)), torch.zeros(2, 3))
@@ -127,8 +148,12 @@ def test_a_constant_similarity_gives_zeros():
 
 
 def test_min_max_is_taken_per_image_and_class():
-    similarity = torch.tensor([[[0.0, 3.0], [1.0, 5.0], [4.0, 4.0]], [[-1.0, 0.0], [0.0, 9.0], [1.0, 0.0]]])
-    expected = torch.tensor([[[0.0, 0.0], [0.25, 1.0], [1.0, 0.5]], [[0.0, 0.0], [0.5, 1.0], [1.0, 0.0]]])
+    similarity = torch.tensor(
+        [[[0.0, 3.0], [1.0, 5.0], [4.0, 4.0]], [[-1.0, 0.0], [0.0, 9.0], [1.0, 0.0]]]
+    )
+    expected = torch.tensor(
+        [[[0.0, 0.0], [0.25, 1.0], [1.0, 0.5]], [[0.0, 0.0], [0.5, 1.0], [1.0, 0.0]]]
+    )
     assert_equal(min_max(similarity), expected)
 
 
@@ -166,14 +191,16 @@ def test_prompts_are_normalised_before_they_are_averaged():
 
 
 def test_an_input_size_that_patches_do_not_tile_is_named(model):
-    with pytest.raises(UserError, match="100 pixels is not a multiple of its patch size 16: use 112"):
+    with pytest.raises(
+        UserError, match="100 pixels is not a multiple of its patch size 16: use 112"
+    ):
         ClipSurgery(model, golden_tokenizer, 100, CLASSES)
 
 
 def add_standin(folder: Path, monkeypatch) -> None:
     (folder / "clip_config.json").write_text(json.dumps(golden_config()))
     safetensors.torch.save_file(golden_state(), folder / "clip.safetensors")
-    monkeypatch.setattr(clip_surgery, "STANDIN", folder)
+    monkeypatch.setattr(clip_weights, "STANDIN", folder)
 
 
 def test_the_standin_is_loaded_in_float32_without_gradients(model, tmp_path, monkeypatch):
@@ -195,7 +222,8 @@ def test_a_missing_file_of_the_standin_is_named(tmp_path, monkeypatch, missing):
 
 
 def test_the_official_architecture_is_loaded_from_a_file_and_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_surgery, "TEMPLATES", clip_surgery.TEMPLATES[:2])  # 85 take long on a CPU
+    # 85 take long on a CPU.
+    monkeypatch.setattr(clip_surgery, "TEMPLATES", clip_surgery.TEMPLATES[:2])
     torch.manual_seed(0)
     config = open_clip.get_model_config("ViT-B-16-quickgelu")
     weights = {key: value.half() for key, value in open_clip.CLIP(**config).state_dict().items()}
@@ -210,7 +238,9 @@ def test_the_official_architecture_is_loaded_from_a_file_and_mapped(tmp_path, mo
 
 
 def test_an_unknown_model_is_named_with_those_there_are():
-    with pytest.raises(UserError, match="'ViT-B' is not a model of open_clip: .*ViT-B-16-quickgelu"):
+    with pytest.raises(
+        UserError, match="'ViT-B' is not a model of open_clip: .*ViT-B-16-quickgelu"
+    ):
         load_clip("ViT-B/16/openai", "cpu")
 
 
@@ -225,7 +255,9 @@ def test_a_model_that_surgery_does_not_fit_is_refused_by_name(name):
 
 @pytest.mark.parametrize("source", ["opnai", "weights/gone.pt", "/weights/gone.pt"])
 def test_neither_a_tag_nor_a_file_is_named_with_the_tags_there_are(source):
-    with pytest.raises(UserError, match=rf"'{source}' does not exist: .*ViT-B-16-quickgelu \(openai, "):
+    with pytest.raises(
+        UserError, match=rf"'{source}' does not exist: .*ViT-B-16-quickgelu \(openai, "
+    ):
         load_clip(f"ViT-B-16-quickgelu/{source}", "cpu")
 
 
@@ -236,7 +268,8 @@ def test_quickgelu_weights_under_a_model_without_it_are_refused_before_any_downl
 
 
 def test_openais_own_weights_in_a_file_are_refused_without_quickgelu(tmp_path):
-    checkpoint = tmp_path / "openai.pt"  # the three sizes are what OpenAI's files hold beside the weights
+    # The three sizes are what OpenAI's files hold beside the weights.
+    checkpoint = tmp_path / "openai.pt"
     torch.save({"input_resolution": torch.tensor(224), "context_length": torch.tensor(77),
                 "vocab_size": torch.tensor(49408)}, checkpoint)
     with pytest.raises(UserError, match=f"write 'ViT-B-16-quickgelu/{checkpoint}'"):
@@ -256,7 +289,9 @@ def test_a_failed_download_is_one_sentence(monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr(open_clip, "download_pretrained", refuse)
-    with pytest.raises(UserError, match=r"'ViT-B-16-quickgelu/openai' could not be downloaded .*no network"):
+    with pytest.raises(
+        UserError, match=r"'ViT-B-16-quickgelu/openai' could not be downloaded .*no network"
+    ):
         load_clip("ViT-B-16-quickgelu/openai", "cpu")
 
 
@@ -274,14 +309,17 @@ def test_weights_with_a_flipped_bit_are_named(tmp_path):
     content[len(content) // 2] ^= 1  # among the weights, where torch.load looks at nothing
     checkpoint.write_bytes(content)
     assert torch.load(checkpoint, weights_only=True)["visual.proj"].count_nonzero() == 1
-    with pytest.raises(UserError, match=f"'{checkpoint}' cannot be read as weights .*is not what was written"):
+    with pytest.raises(
+        UserError, match=f"'{checkpoint}' cannot be read as weights .*is not what was written"
+    ):
         load_clip(f"ViT-S-32/{checkpoint}", "cpu")
 
 
 @pytest.mark.parametrize("name", ["wild.pt", "wild.safetensors"])
 def test_weights_that_are_not_finite_are_named(tmp_path, name):
     checkpoint, weights = tmp_path / name, {"visual.proj": torch.full((2, 2), float("nan"))}
-    safetensors.torch.save_file(weights, checkpoint) if name.endswith("s") else torch.save(weights, checkpoint)
+    save = safetensors.torch.save_file if name.endswith("s") else torch.save
+    save(weights, checkpoint)
     with pytest.raises(UserError, match=f"'{checkpoint}' holds NaN or infinite values"):
         load_clip(f"ViT-S-32/{checkpoint}", "cpu")
 

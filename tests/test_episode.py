@@ -8,7 +8,10 @@ from common.episode import Episode, patch_centres, random_pixels, spatial_state
 
 
 class Recorder:
-    """Stands in for SAM: answers with confident logits where it was last told foreground, and remembers the prompts."""
+    """Stands in for SAM: remembers the prompts.
+
+    It answers with confident logits where it was last told foreground.
+    """
 
     frame, max_batch = 800, 8
 
@@ -23,13 +26,15 @@ class Recorder:
 @pytest.fixture
 def episode():
     torch.manual_seed(0)
-    return Episode(Recorder(), torch.randn(3, 4, 10, 10), torch.rand(3, 10, 10), patch_centres(800, 80))
+    return Episode(
+        Recorder(), torch.randn(3, 4, 10, 10), torch.rand(3, 10, 10), patch_centres(800, 80)
+    )
 
 
 def test_the_actions_are_the_centres_of_the_patches_row_by_row():
     centres = patch_centres(800, 80)
     assert centres.shape == (100, 2)
-    assert centres[0].tolist() == [40, 40] and centres[7].tolist() == [600, 40] and centres[23].tolist() == [280, 200]
+    assert centres[[0, 7, 23]].tolist() == [[40, 40], [600, 40], [280, 200]]
 
 
 def test_before_any_mask_the_state_is_the_embedding(episode):
@@ -60,7 +65,13 @@ def test_a_patch_is_not_chosen_twice(episode):
 
 def test_patches_without_truth_are_never_allowed():
     allowed = torch.rand(2, 100) > 0.3
-    episode = Episode(Recorder(), torch.randn(2, 4, 10, 10), torch.rand(2, 10, 10), patch_centres(800, 80), allowed)
+    episode = Episode(
+        Recorder(),
+        torch.randn(2, 4, 10, 10),
+        torch.rand(2, 10, 10),
+        patch_centres(800, 80),
+        allowed,
+    )
     assert torch.equal(episode.allowed, allowed)
 
 

@@ -40,8 +40,14 @@ def run(stage, row: str, numbers: range = range(3), favourite: int = 0):
     below = torch.full((10, 10), -1.0)
     below[5:] = 1.0
     truth = (torch.arange(100) % 3 == 0).to(torch.uint8).expand(len(numbers), -1)
-    logits, actions = stage.prompt(row, episode, lambda state: liking.expand(len(state), -1),
-                                   lambda s_c, s_t: below.expand(len(s_t), -1, -1), numbers, stage.Truth([], truth))
+    logits, actions = stage.prompt(
+        row,
+        episode,
+        lambda state: liking.expand(len(state), -1),
+        lambda s_c, s_t: below.expand(len(s_t), -1, -1),
+        numbers,
+        stage.Truth([], truth),
+    )
     assert len(logits) == actions.shape[1] + 1
     return actions, episode.labels[:, 2:], episode
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.frozen.clip_surgery import load_clip
-from common.frozen.sam import SamEmbedder, load_sam, sam_fingerprint
+from common.frozen.clip_weights import load_clip
+from common.frozen.sam import SamEmbedder
+from common.frozen.sam_weights import load_sam, sam_fingerprint
 from common.results.own_images import (
     choose_texts,
     find_images,

@@ -1,4 +1,4 @@
-"""common.frozen.sam against segment_anything's own SamPredictor, and downloads against a server on this machine."""
+"""The frozen SAM against segment_anything's own SamPredictor; downloads against a local server."""
 
 import copy
 import hashlib
@@ -23,18 +23,9 @@ from segment_anything.modeling import (
 )
 from torch.testing import assert_close
 
-from common.frozen import sam as sam_module
-from common.frozen.sam import (
-    BatchedPrompter,
-    SamEmbedder,
-    download_checkpoint,
-    full_masks,
-    load_decoder,
-    load_sam,
-    probability_grid,
-    sam_fingerprint,
-    squash,
-)
+from common.frozen import sam_weights
+from common.frozen.sam import BatchedPrompter, SamEmbedder, full_masks, probability_grid, squash
+from common.frozen.sam_weights import download_checkpoint, load_decoder, load_sam, sam_fingerprint
 from common.runtime.errors import UserError
 from common.standin import model as standin
 
@@ -52,11 +43,20 @@ def tiny() -> Sam:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         sam = Sam(
-            ImageEncoderViT(img_size=256, embed_dim=32, depth=2, num_heads=2, out_chans=16, use_rel_pos=True,
-                            window_size=7, global_attn_indexes=(1,),
-                            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)),
+            ImageEncoderViT(
+                img_size=256,
+                embed_dim=32,
+                depth=2,
+                num_heads=2,
+                out_chans=16,
+                use_rel_pos=True,
+                window_size=7,
+                global_attn_indexes=(1,),
+                norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+            ),
             PromptEncoder(16, (16, 16), (256, 256), mask_in_chans=4),
-            MaskDecoder(transformer_dim=16, transformer=TwoWayTransformer(2, 16, 2, 32)))
+            MaskDecoder(transformer_dim=16, transformer=TwoWayTransformer(2, 16, 2, 32)),
+        )
         for block in sam.image_encoder.blocks:  # zero as they start, they would hide an error
             torch.nn.init.normal_(block.attn.rel_pos_h, std=0.5)
             torch.nn.init.normal_(block.attn.rel_pos_w, std=0.5)
@@ -76,7 +76,9 @@ def picture() -> np.ndarray:
 def predictor_features(vit_b: Sam, picture: np.ndarray) -> torch.Tensor:
     """The embedding that segment_anything itself computes of the picture squashed to 800 x 800."""
     predictor = SamPredictor(vit_b)
-    predictor.set_image(np.asarray(Image.fromarray(picture).resize((800, 800), Image.Resampling.BILINEAR)))
+    predictor.set_image(
+        np.asarray(Image.fromarray(picture).resize((800, 800), Image.Resampling.BILINEAR))
+    )
     return predictor.features
 
 
@@ -96,7 +98,9 @@ def test_bfloat16_keeps_the_embedding_to_a_cosine_of_0_999(vit_b, picture, predi
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_auto_precision_is_bfloat16_only_where_the_processor_has_it(tiny, picture, monkeypatch, supported):
+def test_auto_precision_is_bfloat16_only_where_the_processor_has_it(
+    tiny, picture, monkeypatch, supported
+):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
     images = squash(picture, 256)[None]
     auto, fp32 = SamEmbedder(tiny).embed(images), SamEmbedder(tiny, "fp32").embed(images)
@@ -125,7 +129,8 @@ def test_a_sam_smaller_than_the_frame_gets_the_picture_resized_once(picture):
     original = torch.tensor(picture).permute(2, 0, 1)[None].float()
     once, twice = resized(original, 256), resized(resized(original, 800), 256)
     small = torch.tensor(squash(picture, 256)).permute(2, 0, 1)[None]
-    assert (small - once).abs().max() <= 2  # PIL rounds to whole levels after each of its two passes
+    # PIL rounds to whole levels after each of its two passes.
+    assert (small - once).abs().max() <= 2
     assert (twice - once).abs().max() > 4
 
 
@@ -142,7 +147,9 @@ def predict_one(sam: Sam, embedding: torch.Tensor, points: torch.Tensor, labels:
 
 @pytest.mark.parametrize("points_per_image", [1, 2, 17])
 @pytest.mark.parametrize("name", ["vit_b", "tiny", "demo"])
-def test_a_batch_of_different_images_decodes_as_the_predictor_decodes_each(name, points_per_image, request):
+def test_a_batch_of_different_images_decodes_as_the_predictor_decodes_each(
+    name, points_per_image, request
+):
     sam = request.getfixturevalue(name)
     generator = torch.Generator().manual_seed(points_per_image)
     grid = sam.prompt_encoder.image_embedding_size
@@ -156,7 +163,9 @@ def test_a_batch_of_different_images_decodes_as_the_predictor_decodes_each(name,
 
     assert logits.shape == (3, 4 * grid[0], 4 * grid[1]) and logits.dtype == torch.float32
     for i in range(3):
-        expected_logits, expected_iou = predict_one(sam, embeddings[i].float(), points[i], labels[i])
+        expected_logits, expected_iou = predict_one(
+            sam, embeddings[i].float(), points[i], labels[i]
+        )
         assert_close(logits[i], expected_logits, atol=1e-4, rtol=1e-4)
         assert_close(iou[i], expected_iou, atol=1e-4, rtol=1e-4)
 
@@ -174,16 +183,20 @@ def test_one_preparation_serves_every_round(tiny):
 
 def test_a_decoded_mask_can_enter_a_trained_network(tiny):
     prompter = BatchedPrompter(tiny)
-    logits, _ = prompter.decode(prompter.prepare(torch.randn(1, 16, 16, 16)), torch.full((1, 1, 2), 400.0),
-                                torch.ones(1, 1, dtype=torch.int64))
+    logits, _ = prompter.decode(
+        prompter.prepare(torch.randn(1, 16, 16, 16)),
+        torch.full((1, 1, 2), 400.0),
+        torch.ones(1, 1, dtype=torch.int64),
+    )
     weight = torch.zeros((), requires_grad=True)
     (weight * logits).sum().backward()
     assert_close(weight.grad, logits.sum())
 
 
 def test_a_cell_of_the_probability_grid_averages_probabilities_not_logits():
-    # Half of each cell of 4 columns is surely foreground, by a logit that would outweigh any other in a mean;
-    # the two columns in its middle, all that a plain bilinear sample sees, are background.
+    # Half of each cell of 4 columns is surely foreground, by a logit that would outweigh any other
+    # in a mean. The two columns in its middle, all that a plain bilinear sample sees, are
+    # background.
     columns = torch.tensor([1000.0, -10.0, -10.0, 1000.0]).repeat(8)
     grid = probability_grid(columns.expand(1, 24, 32), (6, 8))
     assert grid.shape == (1, 6, 8)
@@ -231,9 +244,13 @@ def test_the_stand_in_is_loaded_and_frozen(demo):
     assert_close(demo.state_dict(), standin.build_sam().state_dict(), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("width, found, wanted", [(1280, "vit_h", "vit_b"), (1024, "vit_l", "vit_b"),
-                                                  (768, "vit_b", "vit_h")])
-def test_the_width_of_the_weights_tells_the_model_and_a_wrong_name_is_refused(tmp_path, width, found, wanted):
+@pytest.mark.parametrize(
+    "width, found, wanted",
+    [(1280, "vit_h", "vit_b"), (1024, "vit_l", "vit_b"), (768, "vit_b", "vit_h")],
+)
+def test_the_width_of_the_weights_tells_the_model_and_a_wrong_name_is_refused(
+    tmp_path, width, found, wanted
+):
     path = tmp_path / f"sam_{wanted}.pth"
     torch.save({"image_encoder.pos_embed": torch.zeros(1, 64, 64, width)}, path)
     with pytest.raises(UserError, match=f"holds {found}, not {wanted}"):
@@ -248,7 +265,9 @@ def test_a_missing_checkpoint_is_named(tmp_path, prefix):
 
 def test_a_checkpoint_with_missing_weights_is_refused(tmp_path):
     torch.save({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}, tmp_path / "part.pth")
-    with pytest.raises(UserError, match="part.pth does not fit segment_anything's vit_b .*Missing key"):
+    with pytest.raises(
+        UserError, match="part.pth does not fit segment_anything's vit_b .*Missing key"
+    ):
         load_sam(f"{tmp_path}/part.pth", CPU)
 
 
@@ -277,7 +296,9 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
     content[len(content) // 2] ^= 1  # among the weights, where torch.load looks at nothing
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["image_encoder.pos_embed"].count_nonzero() == 1
-    with pytest.raises(UserError, match="flipped.pth cannot be read as a PyTorch file .*: it is damaged"):
+    with pytest.raises(
+        UserError, match="flipped.pth cannot be read as a PyTorch file .*: it is damaged"
+    ):
         load_sam(str(path), CPU)
 
 
@@ -316,7 +337,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, prot
 # Downloading
 
 class Server:
-    """A web server on this machine with one file, which it may cut off or send without heeding Range."""
+    """A local web server with one file, which it may cut off or send without heeding Range."""
 
     def __init__(self, content: bytes):
         self.content, self.cut_at, self.heeds_range = content, None, True
@@ -354,7 +375,7 @@ def server(monkeypatch, tmp_path):
     server = Server(CONTENT)
     monkeypatch.setenv("ALIGNSAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setitem(sam_module.CHECKPOINTS, "vit_b",
+    monkeypatch.setitem(sam_weights.CHECKPOINTS, "vit_b",
                         (server.url, len(CONTENT), hashlib.sha256(CONTENT).hexdigest()))
     yield server
     server.close()
@@ -417,7 +438,9 @@ def test_a_download_of_a_wrong_size_is_not_kept(server, tmp_path):
 def test_a_damaged_file_put_there_by_hand_is_refused_but_kept(server, tmp_path, content):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "sam_vit_b.pth").write_bytes(content)
-    with pytest.raises(UserError, match="cache/sam_vit_b.pth is not Meta's vit_b checkpoint or is cut off"):
+    with pytest.raises(
+        UserError, match="cache/sam_vit_b.pth is not Meta's vit_b checkpoint or is cut off"
+    ):
         download_checkpoint("vit_b")
     assert cached(tmp_path) == {"sam_vit_b.pth": content}
 

@@ -37,7 +37,7 @@ def srm(s_c, s_t):
 
 @pytest.fixture
 def rolled_out(monkeypatch):
-    """Stage 3's roll-out of 300 images whose patches 50 to 99 are ignored, and when the SRM learnt."""
+    """Stage 3's roll-out of 300 images, and when the SRM learnt; patches 50 to 99 are ignored."""
     stage = load_script("03_train_agent.py")
     monkeypatch.setattr(stage, "ROUNDS", ROUNDS)
     learnt_after = []
@@ -216,7 +216,12 @@ def test_stage_4_scores_the_last_mask_and_counts_no_ignored_patch_as_a_hit(monke
     left = torch.full((1, 8, 8), -1.0)
     left[:, :, :4] = 1.0
     episode = SimpleNamespace(points=torch.zeros(1, 6, 2), labels=torch.zeros(1, 6))
-    answer = (stage.Truth([truth], at_centres), [-left, left], torch.tensor([[0, 1, 2, 3]]), episode)
+    answer = (
+        stage.Truth([truth], at_centres),
+        [-left, left],
+        torch.tensor([[0, 1, 2, 3]]),
+        episode,
+    )
     monkeypatch.setattr(stage, "segment", lambda row, setup, numbers: answer)
     drawing = SimpleNamespace(draw=lambda *arguments: {})
     [score] = stage.evaluate("AlignSAM", None, [7], drawing)
@@ -256,7 +261,10 @@ def test_pooled_metrics_count_all_pixels_together():
     first = count_pixels(np.array([[True, False, False, True]]), one)
     second = count_pixels(np.array([[True, True, False, False]]), other)
     assert first == (1, 0, 1, 1) and second == (1, 1, 2, 0)
-    assert pool([first, second]) == {"IoU": pytest.approx(2 / 4), "BER": pytest.approx((1 / 3 + 1 / 4) / 2)}
+    assert pool([first, second]) == {
+        "IoU": pytest.approx(2 / 4),
+        "BER": pytest.approx((1 / 3 + 1 / 4) / 2),
+    }
     assert pool([(0, 0, 5, 0)]) == {"IoU": 1.0, "BER": 0.0}
 
 

@@ -1,9 +1,9 @@
-"""SAM's ViT image encoder with its attention fused: the same layers and weights, fewer passes over memory.
+"""SAM's ViT image encoder with fused attention: the same layers and weights, less memory traffic.
 
-segment_anything writes out every attention map (4,096 x 4,096 numbers a head in the global blocks), adds the decomposed
-relative positions to it twice, and takes its softmax: on a CPU that takes longer than the products themselves. Here the
-relative positions are the additive bias of torch's fused attention, one head at a time, so that no more than one head's
-bias is ever in memory.
+segment_anything writes out every attention map (4,096 x 4,096 numbers a head in the global blocks),
+adds the decomposed relative positions to it twice, and takes its softmax: on a CPU that takes
+longer than the products themselves. Here the relative positions are the additive bias of torch's
+fused attention, one head at a time, so that no more than one head's bias is ever in memory.
 """
 
 import torch
@@ -17,25 +17,35 @@ from segment_anything.modeling.image_encoder import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.layers import merge_heads
+
 
 def attend(attention: Attention, x: Tensor) -> Tensor:
     """`Attention.forward`: x (B, H, W, C) to the same shape."""
     batch, height, width, channels = x.shape
-    qkv = attention.qkv(x).reshape(batch, height * width, 3, attention.num_heads, -1).permute(3, 2, 0, 1, 4)
-    q = qkv[:, 0]  # (n, B, HW, d), n heads
-    rows = get_rel_pos(height, height, attention.rel_pos_h).to(q.dtype)  # (H, H, d), by query's and key's row
+    qkv = attention.qkv(x).reshape(batch, height * width, 3, attention.num_heads, -1)
+    qkv = qkv.permute(3, 2, 0, 1, 4)  # (n, 3, B, HW, d), n heads
+    q = qkv[:, 0]
+    # (H, H, d), by the query's and the key's row; (W, W, d), by their columns
+    rows = get_rel_pos(height, height, attention.rel_pos_h).to(q.dtype)
     columns = get_rel_pos(width, width, attention.rel_pos_w).to(q.dtype)
     places = q.unflatten(2, (height, width))  # (n, B, H, W, d)
     row_terms = places @ rows.transpose(1, 2)  # (n, B, H, W, H)
-    column_terms = (places.transpose(2, 3) @ columns.transpose(1, 2)).transpose(2, 3)  # (n, B, H, W, W)
-    heads = [F.scaled_dot_product_attention(*head[:, :, None], attn_mask=(row[..., :, None] + column[..., None, :])
-                                            .reshape(batch, 1, height * width, height * width))
-             for head, row, column in zip(qkv, row_terms, column_terms)]  # (B, 1, HW, d) each
-    return attention.proj(torch.cat(heads, 1).transpose(1, 2).reshape(batch, height, width, channels))
+    column_terms = places.transpose(2, 3) @ columns.transpose(1, 2)
+    column_terms = column_terms.transpose(2, 3)  # (n, B, H, W, W)
+    heads = []  # (B, 1, HW, d) each
+    for head, row, column in zip(qkv, row_terms, column_terms):
+        bias = row[..., :, None] + column[..., None, :]  # (B, H, W, H, W)
+        bias = bias.reshape(batch, 1, height * width, height * width)
+        heads.append(F.scaled_dot_product_attention(*head[:, :, None], attn_mask=bias))
+    return attention.proj(merge_heads(torch.cat(heads, 1)).reshape(batch, height, width, channels))
 
 
 def encode(encoder: ImageEncoderViT, images: Tensor) -> Tensor:
-    """`ImageEncoderViT.forward`: preprocessed images (B, 3, s, s) to embeddings (B, C, s / 16, s / 16)."""
+    """`ImageEncoderViT.forward`.
+
+    images: (B, 3, s, s), preprocessed. Returns embeddings (B, C, s / 16, s / 16).
+    """
     x = encoder.patch_embed(images) + encoder.pos_embed
     for block in encoder.blocks:
         y, whole = block.norm1(x), x.shape[1:3]

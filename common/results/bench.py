@@ -29,16 +29,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.agent import Actor, Critic, Rollout, normalise, policy, pool_state, ppo_update, returns
-from common.cache import PICTURE, Cache, CacheWriter, Layout
+from common.cache import Cache
+from common.cache_file import PICTURE, CacheWriter, Layout
 from common.episode import Episode, patch_centres
-from common.frozen.sam import (
-    CHECKPOINTS,
-    BatchedPrompter,
-    SamEmbedder,
-    load_sam,
-    probability_grid,
-    squash,
-)
+from common.frozen.sam import BatchedPrompter, SamEmbedder, probability_grid, squash
+from common.frozen.sam_weights import CHECKPOINTS, load_sam
 from common.metrics import evaluate_mask
 from common.runtime import files, script, settings
 from common.runtime.errors import UserError

@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from common.datasets import load_image
 from common.episode import Episode
-from common.frozen.clip_surgery import ClipSurgery, load_clip
+from common.frozen.clip_surgery import ClipSurgery
+from common.frozen.clip_weights import load_clip
 from common.frozen.models import FrozenModels
-from common.frozen.sam import SamEmbedder, full_masks, load_sam, sam_fingerprint
+from common.frozen.sam import SamEmbedder, full_masks
+from common.frozen.sam_weights import load_sam, sam_fingerprint
 from common.results.pictures import draw_points, overlay
 from common.runtime import checkpoint
 from common.runtime.batches import in_batches

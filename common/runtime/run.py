@@ -8,7 +8,8 @@ from torch import Tensor
 
 from common.cache import Cache
 from common.episode import patch_centres
-from common.frozen.sam import BatchedPrompter, load_decoder
+from common.frozen.sam import BatchedPrompter
+from common.frozen.sam_weights import load_decoder
 from common.runtime import distributed, script
 
 

@@ -28,7 +28,7 @@ from common.agent import Actor, Critic
 from common.cache import Cache
 from common.datasets import Sample, _read_list, image_size, load_image, load_label_map
 from common.episode import patch_centres
-from common.frozen.sam import load_sam
+from common.frozen.sam_weights import load_sam
 from common.results import tables
 from common.runtime import checkpoint
 from common.runtime.errors import UserError

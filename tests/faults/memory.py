@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import cache
+from common import cache, cache_file
 from common.agent import Actor
-from common.frozen.sam import load_sam, sam_fingerprint
+from common.frozen.sam_weights import load_sam, sam_fingerprint
 from common.runtime import checkpoint, script, settings
 from common.runtime.errors import UserError
 from common.srm import build_srm
@@ -44,14 +44,14 @@ def write_run(run_dir: Path, images: int) -> None:
     """A run folder that stage 4 accepts: features.h5 with `images` test images, and agent.pt."""
     sam = load_sam("demo", torch.device("cpu"))
     channels, grid = sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size
-    layout = cache.Layout(
+    layout = cache_file.Layout(
         names=[f"{number:05}" for number in range(_SHOTS + images)], splits=["train"] * _SHOTS + ["test"] * images,
         sizes=[_SIZE] * (_SHOTS + images), shots=[(row, 0) for row in range(_SHOTS)], texts=["blob"],
         embedding=(channels, *grid), frame=800, patch=80)
     made_of = {"task": "folder", "branch": "explicit", "sam": "demo", "sam_fingerprint": sam_fingerprint(sam),
                "clip": "demo", "clip_fingerprint": "", "clip_size": 192, "image_size": 800, "precision": "fp32"}
     random = np.random.default_rng(0)
-    with cache.CacheWriter.open_or_create(run_dir / "features.h5", layout, made_of) as writer:
+    with cache_file.CacheWriter.open_or_create(run_dir / "features.h5", layout, made_of) as writer:
         for row in range(_SHOTS + images):
             labels = np.zeros(_SIZE, np.uint8)
             top, left = random.integers(0, 200, 2)
@@ -59,7 +59,7 @@ def write_run(run_dir: Path, images: int) -> None:
             embedding = random.standard_normal((channels, *grid), np.float32)
             maps = random.random((1, *grid), np.float32)
             writer.write(row, embedding, maps, labels,
-                         random.integers(0, 256, (cache.PICTURE, cache.PICTURE, 3), np.uint8))
+                         random.integers(0, 256, (cache_file.PICTURE, cache_file.PICTURE, 3), np.uint8))
 
     torch.manual_seed(0)
     identity = cache.Cache.open(run_dir / "features.h5").identity()

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.frozen.clip_surgery import STANDIN, TEMPLATES, ClipSurgery, surgery_tokens
+from common.frozen.clip_surgery import TEMPLATES, ClipSurgery, surgery_tokens
+from common.frozen.clip_weights import STANDIN
 from common.standin.scenes import KINDS
 from common.standin.training.store import load_scenes
 from common.standin.training.train_sam import HELD_OUT, SCENES, TRAIN
