@@ -1,4 +1,4 @@
-"""Stage 4: evaluates prompting on the test set, from the cache: AlignSAM, its ablations, other ways.
+"""Stage 4: evaluates prompting on the test set: AlignSAM, its ablations, other ways to prompt.
 
     python 04_evaluate.py [NAME=value ...]           NAME is any constant below; `help` lists them
     python 04_evaluate.py IMAGES=some_folder         masks for images of your own, without a truth
@@ -9,10 +9,8 @@ highest and a background point where it is lowest. All rows come from the same a
 SRM, so each changes one thing. A stopped call goes on after the last finished row.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,18 +18,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.agent import Actor, gumbel_noise, policy
-from common.baselines import Baselines, oracle_clicks
-from common.cache import Cache
+from common.baselines import Baselines, label_points, oracle_clicks
+from common.cache import Cache, Truth
 from common.episode import Episode
 from common.frozen.sam import full_masks
 from common.metrics import Score, summarise
 from common.results import own_images
 from common.results.outputs import Drawing, Report, check_results_name
-from common.runtime import checkpoint, distributed, files, script, settings
+from common.runtime import distributed, files, script, settings
 from common.runtime.batches import in_batches
-from common.runtime.errors import UserError
-from common.runtime.run import open_run
-from common.srm import build_srm
+from common.runtime.run import Trained, open_run
 
 # what is evaluated
 TASK = "demo_saliency"  # as in stages 1 to 3
@@ -41,7 +37,7 @@ SAMPLE_ACTIONS = False  # draw the patch from the policy; false takes the most p
 SEED = 0  # of the random patches (w/o RL), and of SAMPLE_ACTIONS
 
 # images of your own
-IMAGES = ""  # a folder of images without ground truth, embedded on the fly; empty = the cached test set
+IMAGES = ""  # a folder of images without ground truth, to segment instead of the cached test set
 CLASSES = ("all",)  # which of the run's texts to look for in them
 
 # how
@@ -53,7 +49,7 @@ DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 # where it goes
 RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
-RESULTS = "results.json"  # in the run folder; with T20.json the pictures are called T20-strips.png and so on
+RESULTS = "results.json"  # in the run folder; T20.json names its pictures T20-strips.png and so on
 
 _ROWS = {  # where the next point goes, what labels it, how many rounds
     "AlignSAM": ("agent", "SRM", "all"),
@@ -71,48 +67,16 @@ _ROWS = {  # where the next point goes, what labels it, how many rounds
 }
 
 
-class Truth(NamedTuple):
-    """Ground truth of a batch, for the rows with an oracle."""
-
-    label_maps: list[np.ndarray]  # B uint8 (H, W), 1 foreground, 0 background, 255 ignored
-    at_centres: Tensor  # (B, A), the same at the patch centres
-
-
-@dataclass
-class Setup:
-    """What all rows have in common."""
-
-    cache: Cache
-    new_episode: partial  # Episode(embeddings, maps) with SAM, patches and residual bound
-    actor: Actor
-    srm: nn.Module
-    device: torch.device
-    samples: np.ndarray  # (S, 2): image row, text index
-    truth_centres: Tensor  # (S, A)
-    baselines: Baselines
-
-
-def label(labeller: str, episode: Episode, srm: nn.Module, action: Tensor,
-          truth: Truth | None) -> Tensor:
-    """(B,) labels of the chosen patches (B,), 1 foreground."""
-    if labeller == "positive":
-        return torch.ones_like(action)
-    if labeller == "truth":
-        return (truth.at_centres.to(action.device).gather(1, action[:, None])[:, 0] == 1).long()
-    source = {"SRM": lambda: episode.foreground(srm), "map": lambda: episode.maps,
-              "mask": lambda: episode.mask}[labeller]()
-    return episode.label_by(source, action)
-
-
 @torch.no_grad()
 def prompt(row: str, episode: Episode, actor: Actor, srm: nn.Module, numbers: Sequence[int],
            truth: Truth | None = None) -> tuple[list[Tensor], Tensor]:
     """One row's prompting of a batch.
 
     numbers: (B,) the samples' places in the test set, from which random patches follow.
+    truth: of the batch, for the rows with an oracle.
     Returns SAM's logits (B, 4h, 4w) after each round, M_0 first, and the actions (B, T).
     """
-    place, labeller, rounds = _ROWS[row]
+    place, label_source, rounds = _ROWS[row]
     if place == "error":
         logits = oracle_clicks(episode, truth.label_maps, ROUNDS)
         return logits, torch.empty(len(numbers), 0, dtype=torch.long)
@@ -127,34 +91,36 @@ def prompt(row: str, episode: Episode, actor: Actor, srm: nn.Module, numbers: Se
         if place == "random" or SAMPLE_ACTIONS:  # the highest of logits + Gumbel noise is a draw
             preference = preference + noise
         action = policy(preference, episode.allowed).logits.argmax(1)  # a_t
-        episode.step(action, label(labeller, episode, srm, action, truth))  # P_t, M_t
+        label = label_points(label_source, episode, srm, action, truth)
+        episode.step(action, label)  # P_t, M_t
         logits.append(episode.logits)
         actions.append(action)
     return logits, torch.stack(actions, 1).cpu()
 
 
-def segment(row: str, setup: Setup,
-            numbers: list[int]) -> tuple[Truth, list[Tensor], Tensor, Episode]:
+def segment(row: str, numbers: list[int], test_set: np.ndarray, cache: Cache, trained: Trained,
+            baselines: Baselines) -> tuple[Truth, list[Tensor], Tensor, Episode]:
     """One row's answer to a batch: its truth, logits and actions as of `prompt`, and the episode.
 
+    numbers: (B,) places in test_set (S, 2), whose samples are (image row, text index).
     The rows without rounds have no actions; those "alone" have logits (B, h, w).
     """
-    samples = setup.samples[numbers]
-    label_maps = [setup.cache.label_map(sample) for sample in samples]
-    truth = Truth(label_maps, setup.truth_centres[numbers])
-    embeddings = setup.cache.embeddings(samples).float().to(setup.device)
-    episode = setup.new_episode(embeddings, setup.cache.maps(samples).to(setup.device))
+    samples = test_set[numbers]
+    truth = cache.truth(samples)
+    episode = trained.new_episode(cache.embeddings(samples), cache.maps(samples))
     if _ROWS[row][2] != "none":
-        return truth, *prompt(row, episode, setup.actor, setup.srm, numbers, truth), episode
-    logits = setup.baselines.segment(row, episode, samples, setup.srm, ROUNDS // 2 + 1)
+        return truth, *prompt(row, episode, trained.actor, trained.srm, numbers, truth), episode
+    logits = baselines.segment(row, episode, samples, trained.srm, ROUNDS // 2 + 1)
     return truth, [logits], torch.empty(len(samples), 0, dtype=torch.long), episode
 
 
-def evaluate(row: str, setup: Setup, numbers: Sequence[int], drawing: Drawing) -> list[Score]:
-    """One row's scores and pictures of the test samples `numbers`, at the images' own sizes."""
-    scores = []
-    bar = tqdm(numbers, row, disable=distributed.RANK > 0)
-    batches = in_batches(bar, BATCH_SIZE, partial(segment, row, setup), mend="set DEVICE=cpu")
+def evaluate(row: str, answer: Callable, numbers: Sequence[int], drawing: Drawing) -> list[Score]:
+    """One row's scores and pictures of the test samples `numbers`, at the images' own sizes.
+
+    answer: `segment` of a row and numbers, with all else bound.
+    """
+    scores, bar = [], tqdm(numbers, row, disable=distributed.RANK > 0)
+    batches = in_batches(bar, BATCH_SIZE, partial(answer, row), mend="set DEVICE=cpu")
     for batch, (truth, logits, actions, episode) in batches:
         hits = (truth.at_centres.gather(1, actions) == 1).sum(1).tolist()
         points, labels = episode.points.cpu().numpy(), episode.labels.cpu().numpy()
@@ -166,74 +132,44 @@ def evaluate(row: str, setup: Setup, numbers: Sequence[int], drawing: Drawing) -
     return scores
 
 
-def chosen_rows() -> list[str]:
-    """ROWS without repetition. Raises UserError where a constant makes no sense."""
+def main() -> None:
     settings.positive(globals(), "ROUNDS", "BATCH_SIZE")
     settings.not_negative(globals(), "SEED", "PICTURES", "GALLERY")
-    rows = list(_ROWS) if ROWS == ("all",) else list(dict.fromkeys(ROWS))
-    if unknown := [row for row in rows if row not in _ROWS]:
-        raise UserError(f"ROWS names {unknown[0]!r}: set it to all, or to some of: "
-                        f"{', '.join(_ROWS)}")
-    if IMAGES and distributed.SIZE > 1:
-        raise UserError("IMAGES are segmented in one process: start it with python, not with "
-                        "torchrun")
+    rows = settings.choose("ROWS", ROWS, _ROWS)
     check_results_name(RESULTS)
-    return rows
-
-
-def main() -> None:
-    rows = chosen_rows()
+    if IMAGES:
+        script.require_one_process("IMAGES")
     run = open_run(globals())
-    if ROUNDS > len(run.centres):
-        raise UserError(f"ROUNDS={ROUNDS} is more than the {len(run.centres)} patches there are: "
-                        "set it lower")
 
     # the trained agent, and the SRM that stage 3 ended with
-    path, stage_3 = run.folder / "agent.pt", script.command("03_train_agent.py", globals())
-    wanted = {"task": TASK, "features": run.cache.identity()}
-    trained = checkpoint.load_finished(path, stage_3, wanted)
-    if (run.folder / "srm.pt").exists():  # trained again since, it is not what this agent grew from
-        stage_2 = script.command("02_train_srm.py", globals())
-        now = checkpoint.load(run.folder / "srm.pt", stage_2, srm=dict)["srm"]
-        settings.require_same(path, trained["settings"], {"srm": checkpoint.fingerprint(now)})
+    trained = run.load_agent(globals())
     files.lock(run.folder)
-    branch, residual = trained["settings"]["branch"], trained["settings"]["residual"]
-    actor = Actor(run.cache.channels).to(run.device).eval()
-    srm = build_srm(branch, run.cache.channels).to(run.device).eval()
-    checkpoint.restore(path, trained, actor=actor, srm=srm)
-    prompter = run.load_prompter()
-    new_episode = partial(Episode, prompter, centres=run.centres, residual=residual)
-    made_with = trained["settings"] | {
-        "actor": checkpoint.fingerprint(trained["actor"]),
-        "trained_srm": checkpoint.fingerprint(trained["srm"]),
+    made_with = trained.made_with | {
         "evaluation_rounds": ROUNDS, "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS}
     if IMAGES:
         def align(embeddings: Tensor, maps: Tensor) -> Episode:
-            episode = new_episode(embeddings.float().to(run.device), maps.to(run.device))
-            prompt("AlignSAM", episode, actor, srm, range(len(maps)))
+            episode = trained.new_episode(embeddings, maps)
+            prompt("AlignSAM", episode, trained.actor, trained.srm, range(len(maps)))
             return episode
 
-        own_images.segment(IMAGES, run.folder / "masks", run.cache.attrs, run.cache.texts, CLASSES,
-                           align, srm, run.device, made_with)
-        return
+        return own_images.segment(IMAGES, run.folder / "masks", run.cache.attrs, run.cache.texts,
+                                  CLASSES, align, trained.srm, run.device, made_with)
 
-    # what rows need: the test samples, and what those without rounds learn in training samples
-    samples = run.cache.samples("test")
-    shots = trained["settings"]["shots"]
-    baselines = Baselines.prepare(rows, run.cache, shots, prompter, run.device)
-    setup = Setup(run.cache, new_episode, actor, srm, run.device, samples,
-                  run.cache.truth_centres(samples), baselines)
-    drawing = Drawing(run.cache, samples, PICTURES, GALLERY)
-    report = Report(run.folder, RESULTS, run.cache, trained, rows, setup.truth_centres, drawing,
-                    made_with | {"batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY})
+    # the test samples, and what rows without rounds learn from the training samples
+    test_set, shots = run.cache.samples("test"), trained.made_with["shots"]
+    baselines = Baselines.prepare(rows, run.cache, shots, trained.prompter, run.device)
+    answer = partial(segment, test_set=test_set, cache=run.cache, trained=trained,
+                     baselines=baselines)
+    drawing = Drawing(run.cache, test_set, PICTURES, GALLERY)
+    report = Report(run.folder, RESULTS, run.cache, trained.content, rows, drawing, made_with | {
+        "batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY})
 
-    # the rows that a stopped call has not finished; whole batches are dealt to torchrun's processes
+    # the rows that a stopped call has not finished; whole batches are dealt to all processes
     report.take_over_finished_rows(script.command("04_evaluate.py", globals()))
-    starts = distributed.share(range(0, len(samples), BATCH_SIZE))
-    mine = [number for start in starts for number in range(len(samples))[start:start + BATCH_SIZE]]
+    mine = distributed.share_batches(range(len(test_set)), BATCH_SIZE)
     for row in rows:
         if row not in report.finished:
-            scores = distributed.gather(evaluate(row, setup, mine, drawing))  # on rank 0
+            scores = distributed.gather(evaluate(row, answer, mine, drawing))  # on rank 0
             if scores:
                 report.add(row, summarise(scores, drawing.classes, ROUNDS))
     if distributed.RANK == 0:

@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from common.cache import Cache
+from common.cache import Cache, Truth
 from common.episode import Episode
 from common.frozen.sam import BatchedPrompter, full_masks
 from common.metrics import overlap
@@ -58,6 +58,22 @@ def next_clicks(masks: list[np.ndarray], truths: list[np.ndarray], frame: int) -
         points.append([(column + 0.5) / truth.shape[1] * frame, (row + 0.5) / truth.shape[0] * frame])
         labels.append(int(truth[row, column] == 1))
     return torch.tensor(points, dtype=torch.float32)[:, None], torch.tensor(labels)[:, None]
+
+
+def label_points(source: str, episode: Episode, srm: nn.Module, actions: Tensor,
+                 truth: Truth | None) -> Tensor:
+    """(B,) labels of the chosen patches `actions` (B,), 1 foreground, from one of Table 8's sources.
+
+    source: "SRM", "map" (CLIP Surgery's M_c), "mask" (M_{t-1}), "positive", or "truth".
+    """
+    if source == "positive":
+        return torch.ones_like(actions)
+    if source == "truth":
+        at_centres = truth.at_centres.to(actions.device)
+        return (at_centres.gather(1, actions[:, None])[:, 0] == 1).long()
+    if source == "SRM":
+        return episode.label_by(episode.foreground(srm), actions)
+    return episode.label_by(episode.maps if source == "map" else episode.mask, actions)
 
 
 def oracle_clicks(episode: Episode, label_maps: list[np.ndarray], rounds: int) -> list[Tensor]:

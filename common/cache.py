@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -46,6 +47,13 @@ class TrainingSet:
         shares = self.present[rows.cpu()].float()
         texts = torch.multinomial(shares, 1, generator=generator)[:, 0].to(rows.device)
         return self.every_map[rows, texts], self.every_truth[rows, texts]
+
+
+class Truth(NamedTuple):
+    """Ground truth of B samples, at the images' own sizes and at the patch centres."""
+
+    label_maps: list[np.ndarray]  # B uint8 (H, W), 1 foreground, 0 background, 255 ignored
+    at_centres: torch.Tensor  # uint8 (B, P), the same values
 
 
 class Cache:
@@ -194,6 +202,11 @@ class Cache:
         flat = self.file["labels"][self._offsets[row]:self._offsets[row + 1]]
         flat = self._checked("labels", int(row), flat)
         return binary(flat.reshape(self._sizes[row]), text + 1)
+
+    def truth(self, samples: np.ndarray) -> Truth:
+        """The ground truth of the samples."""
+        label_maps = [self.label_map(sample) for sample in samples]
+        return Truth(label_maps, self.truth_centres(samples))
 
     def picture(self, sample: Sequence[int]) -> np.ndarray:
         """uint8 (256, 256, 3), RGB: the squashed image."""

@@ -208,7 +208,7 @@ def test_the_reported_miou_is_that_of_the_last_mask(workplace):
         assert scores["mIoU"] != results["iou_per_round"][row][0]
 
 
-def test_stage_4_scores_the_last_mask_and_counts_no_ignored_patch_as_a_hit(monkeypatch):
+def test_stage_4_scores_the_last_mask_and_counts_no_ignored_patch_as_a_hit():
     stage = load_script("04_evaluate.py")
     truth = np.zeros((8, 8), np.uint8)
     truth[:, :4] = 1
@@ -222,9 +222,8 @@ def test_stage_4_scores_the_last_mask_and_counts_no_ignored_patch_as_a_hit(monke
         torch.tensor([[0, 1, 2, 3]]),
         episode,
     )
-    monkeypatch.setattr(stage, "segment", lambda row, setup, numbers: answer)
     drawing = SimpleNamespace(draw=lambda *arguments: {})
-    [score] = stage.evaluate("AlignSAM", None, [7], drawing)
+    [score] = stage.evaluate("AlignSAM", lambda row, numbers: answer, [7], drawing)
     assert (score.number, score.chosen, score.hits) == (7, 4, 2)
     assert score.metrics["IoU"] == 1 and score.ious == [0.0, 1.0]
     assert score.counts == (32, 0, 32, 0)

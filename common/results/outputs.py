@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from common.cache import Cache
 from common.metrics import Score
@@ -86,7 +85,6 @@ class Report:
     cache: Cache
     trained: dict
     rows: list[str]
-    truth_centres: Tensor  # (S, A)
     drawing: Drawing
     made_with: dict
     finished: dict[str, dict] = field(default_factory=dict)
@@ -129,7 +127,8 @@ class Report:
         attrs, settings = self.cache.attrs, self.trained["settings"]
         samples, rounds = self.drawing.samples, self.made_with["evaluation_rounds"]
         # Table 9's bound: small targets have few patch centres that could be chosen
-        centres = (self.truth_centres == 1).sum(1).clamp(max=rounds)
+        truth_centres = self.cache.truth_centres(samples)
+        centres = (truth_centres == 1).sum(1).clamp(max=rounds)
         content = {
             "task": settings["task"], "sam": attrs["sam"], "clip": attrs["clip"],
             "seed": settings["seed"], "images": len(np.unique(samples[:, 0])),

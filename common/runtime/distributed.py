@@ -79,6 +79,12 @@ def share(items: Sequence) -> Sequence:
     return items[RANK::SIZE]
 
 
+def share_batches(items: Sequence, size: int) -> list:
+    """This process's share, dealt as whole batches, so that each has the same neighbours as ever."""
+    starts = share(range(0, len(items), size))
+    return [item for start in starts for item in items[start:start + size]]
+
+
 def gather(items: list[tuple]) -> list[tuple]:
     """On rank 0 the items of all processes, sorted by their first entry; on the others nothing."""
     everyone = [items] * SIZE if RANK == 0 else None

@@ -4,13 +4,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.agent import Actor
 from common.cache import Cache
-from common.episode import patch_centres
+from common.episode import Episode, patch_centres
 from common.frozen.sam import BatchedPrompter
 from common.frozen.sam_weights import load_decoder
-from common.runtime import distributed, script
+from common.runtime import checkpoint, distributed, script, settings
+from common.runtime.errors import UserError
+from common.srm import build_srm
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What stage 3 ended with, on the run's device and in eval mode."""
+
+    content: dict  # of agent.pt
+    actor: Actor
+    srm: nn.Module
+    prompter: BatchedPrompter
+    centres: Tensor  # (A, 2)
+
+    def new_episode(self, embeddings: Tensor, maps: Tensor) -> Episode:
+        """An episode of F (B, C, h, w) and M_c (B, h, w), of any float type on any device."""
+        embeddings, maps = (values.float().to(self.centres.device) for values in (embeddings, maps))
+        residual = self.content["settings"]["residual"]
+        return Episode(self.prompter, embeddings, maps, self.centres, residual=residual)
+
+    @property
+    def made_with(self) -> dict:
+        """The settings of stages 2 and 3, and fingerprints of what they trained."""
+        return self.content["settings"] | {
+            "actor": checkpoint.fingerprint(self.content["actor"]),
+            "trained_srm": checkpoint.fingerprint(self.content["srm"])}
 
 
 @dataclass(frozen=True)
@@ -31,17 +58,41 @@ class Run:
         with distributed.rank_0_first():  # weights that are not there yet are downloaded once
             return BatchedPrompter(load_decoder(self.cache.attrs, self.device), self.frame)
 
+    def load_agent(self, constants: dict[str, object]) -> Trained:
+        """The agent of this run, and SAM's live decoder. constants: the script's `globals()`.
+
+        Raises UserError where stage 3 is not finished, or where the cache, or stage 2's SRM, is
+        another one than the agent grew from, and all that `load_prompter` raises.
+        """
+        path, srm_path = self.folder / "agent.pt", self.folder / "srm.pt"
+        stage_2, stage_3 = (script.command(name, constants)
+                            for name in ("02_train_srm.py", "03_train_agent.py"))
+        wanted = {"task": constants["TASK"], "features": self.cache.identity()}
+        content = checkpoint.load_finished(path, stage_3, wanted)
+        if srm_path.exists():
+            now = checkpoint.load(srm_path, stage_2, srm=dict)["srm"]
+            settings.require_same(path, content["settings"], {"srm": checkpoint.fingerprint(now)})
+        actor = Actor(self.cache.channels).to(self.device).eval()
+        srm = build_srm(content["settings"]["branch"], self.cache.channels).to(self.device).eval()
+        checkpoint.restore(path, content, actor=actor, srm=srm)
+        return Trained(content, actor, srm, self.load_prompter(), self.centres)
+
 
 def open_run(constants: dict[str, object]) -> Run:
     """The run that a script's TASK, RUN_DIR, FEATURES and DEVICE name; nothing is written.
 
     constants: the script's `globals()`. Raises UserError where the device or the cache is missing,
-    or where the cache is damaged, incomplete or of another task.
+    where the cache is damaged, incomplete or of another task, or where there are fewer patches than
+    ROUNDS.
     """
     device = distributed.own(script.device(constants["DEVICE"]))
     folder = script.run_dir(constants["RUN_DIR"], constants["TASK"])
     path = script.cache_path(constants["FEATURES"], folder)
     stage_1 = script.command("01_cache_features.py", constants)
     cache = Cache.open(path, constants["TASK"], stage_1)
-    frame, patch = cache.attrs["image_size"], cache.attrs["patch_size"]
-    return Run(folder, cache, device, frame, patch_centres(frame, patch).to(device))
+    frame = cache.attrs["image_size"]
+    centres = patch_centres(frame, cache.attrs["patch_size"]).to(device)
+    if constants["ROUNDS"] > len(centres):
+        raise UserError(f"ROUNDS={constants['ROUNDS']} is more than the {len(centres)} patches "
+                        "there are: set it lower")
+    return Run(folder, cache, device, frame, centres)

@@ -36,8 +36,8 @@ def run(main: Callable[[], None], constants: dict[str, object], shared: bool = F
     try:
         distributed.start()
         settings.override(constants, sys.argv[1:])
-        if distributed.SIZE > 1 and not shared:
-            raise UserError(f"{Path(sys.argv[0]).name} works in one process: start it with python, not with torchrun")
+        if not shared:
+            require_one_process(Path(sys.argv[0]).name)
         main()
         distributed.barrier()  # a process that fails at the last moment makes all of them fail
     except UserError as error:
@@ -51,6 +51,12 @@ def run(main: Callable[[], None], constants: dict[str, object], shared: bool = F
             raise
         sentence = MENDS[error.errno].format(error.filename or "a file of this run")
         sys.exit(distributed.last_words(f"error: {sentence}"))
+
+
+def require_one_process(what: str) -> None:
+    """Raise UserError where torchrun started several processes for `what`."""
+    if distributed.SIZE > 1:
+        raise UserError(f"{what} works in one process: start it with python, not with torchrun")
 
 
 def device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ import ast
 import difflib
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.runtime.errors import UserError
@@ -113,6 +114,21 @@ def not_negative(constants: dict[str, object], /, *names: str) -> None:
     for name in names:
         if not 0 <= constants[name] < 2**32:
             raise UserError(f"{name}={constants[name]} must be 0 or more, and below 2^32")
+
+
+def choose(name: str, wanted: tuple[str, ...], known: Iterable[str]) -> list[str]:
+    """The names in `wanted`, the value of constant `name`, once each; ("all",) means all known ones.
+
+    Raises UserError at the first that is not known.
+    """
+    known = list(known)
+    if wanted == ("all",):
+        return known
+    for one in wanted:
+        if one not in known:
+            raise UserError(f"{name} names {one!r}: set it to all, or to some of: "
+                            f"{', '.join(known)}")
+    return list(dict.fromkeys(wanted))
 
 
 def require_same(path: Path, stored: dict, wanted: dict, mend: str = MEND) -> None:
