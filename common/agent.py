@@ -2,12 +2,13 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
-from common.layers import conv_block
+from common.layers import conv_block, interval_overlaps
 
 WIDTH = 32  # channels of actor and critic: 50 images cannot train more
 LOGIT_SCALE = 10  # of the actor's output: at the paper's rate, unscaled logits move too little
@@ -50,15 +51,15 @@ def pool_state(state: Tensor, side: int) -> Tensor:
     This is what actor and critic read. Where a patch ends inside a cell of the state, the cell
     counts by the share that lies in the patch.
     """
-    down, across = (_overlap(side, cells).to(state) for cells in state.shape[2:])
+    down, across = (_shares(side, cells).to(state) for cells in state.shape[2:])
     return down @ state @ across.T
 
 
-def _overlap(patches: int, cells: int) -> Tensor:
-    """(patches, cells): the share of each of `patches` equal parts of a line in each of `cells` equal ones."""
-    ends, borders = torch.arange(patches + 1)[:, None] / patches, torch.arange(cells + 1) / cells
-    shared = torch.minimum(ends[1:], borders[1:]) - torch.maximum(ends[:-1], borders[:-1])
-    return shared.clamp(min=0) * patches
+def _shares(patches: int, cells: int) -> Tensor:
+    """float32 (patches, cells): how much of each patch of a line lies in each cell of the state."""
+    edges = np.arange(patches + 1, dtype=np.float32) / patches
+    cell_edges = np.arange(cells + 1, dtype=np.float32) / cells
+    return torch.from_numpy(interval_overlaps(edges, cell_edges) * patches)
 
 
 def policy(logits: Tensor, allowed: Tensor) -> Categorical:
@@ -70,7 +71,7 @@ def policy(logits: Tensor, allowed: Tensor) -> Categorical:
 
 
 def pick(distribution: Categorical, generator: torch.Generator) -> Tensor:
-    """Actions (B,) drawn from the policy, by a generator on the CPU whatever the policy's device."""
+    """Actions (B,) drawn from the policy; generator: on the CPU whatever the policy's device."""
     drawn = torch.multinomial(distribution.probs.cpu(), 1, generator=generator)[:, 0]
     return drawn.to(distribution.probs.device)
 

@@ -1,4 +1,4 @@
-"""What the agent is compared with: masks that need no prompting, CLIP Surgery's own points, and clicks of an oracle."""
+"""What the agent is compared with: masks without prompting, CLIP Surgery's points, an oracle."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -24,45 +24,56 @@ def srm_alone(episode: Episode, srm: nn.Module) -> Tensor:
 
 
 def best_threshold(maps: Tensor, truths: Iterable[np.ndarray]) -> float:
-    """The threshold at which maps (S, h, w) in [0, 1] have the best mean IoU with truths, S uint8 (H, W)."""
-    scores = [[overlap(full_masks(one - threshold, truth.shape).numpy(), truth) for threshold in THRESHOLDS]
-              for one, truth in zip(maps.cpu(), truths)]
+    """The threshold at which maps (S, h, w) have the best mean IoU with S truths uint8 (H, W)."""
+    scores = []
+    for one, truth in zip(maps.cpu(), truths):
+        masks = [full_masks(one - threshold, truth.shape).numpy() for threshold in THRESHOLDS]
+        scores.append([overlap(mask, truth) for mask in masks])
     return float(THRESHOLDS[np.mean(scores, 0).argmax()])
 
 
 def prompt_with_map(episode: Episode, count: int) -> None:
-    """CLIP Surgery's points (arXiv 2304.05653, section 3.4): `count` highest patch centres of M_c as foreground, as
-    many of the lowest as background, all in one prompt."""
-    heights = sample_at(episode.maps, episode.centres.expand(len(episode.maps), -1, -1), episode.frame)
-    order = heights.argsort(1, descending=True)
-    chosen = torch.cat([order[:, :count], order[:, -count:]], 1)
-    episode.prompt(episode.centres[chosen], (torch.arange(2 * count) < count).long().expand(len(chosen), -1))
+    """CLIP Surgery's points (arXiv 2304.05653, section 3.4), all in one prompt.
+
+    The `count` patch centres where M_c is highest are foreground, as many of the lowest background.
+    """
+    centres = episode.centres.expand(len(episode.maps), -1, -1)
+    order = sample_at(episode.maps, centres, episode.frame).argsort(1, descending=True)
+    actions = torch.cat([order[:, :count], order[:, -count:]], 1)
+    labels = (torch.arange(2 * count) < count).long().expand(len(actions), -1)
+    episode.prompt(episode.centres[actions], labels)
 
 
-def next_clicks(masks: list[np.ndarray], truths: list[np.ndarray], frame: int) -> tuple[Tensor, Tensor]:
-    """The standard next click of interactive segmentation, for each image: the most interior pixel of the largest
-    region where mask and truth differ, with its true label.
+def next_clicks(masks: list[np.ndarray], truths: list[np.ndarray],
+                frame: int) -> tuple[Tensor, Tensor]:
+    """The standard next click of interactive segmentation, for each image.
 
-    masks bool (H, W), truths uint8 (H, W), 255 ignored. Returns points (B, 1, 2), (x, y) in the frame, and labels
-    (B, 1). A mask without an error gets a click into what is right already.
+    It is the most interior pixel of the largest region where mask and truth differ, with its true
+    label. A mask without an error gets a click into what is right already.
+
+    masks: B bool (H, W). truths: B uint8 (H, W), 255 ignored. Returns points (B, 1, 2), (x, y) in
+    the frame, and labels (B, 1).
     """
     points, labels = [], []
     for mask, truth in zip(masks, truths):
-        errors = [(mask != (truth == 1)) & (truth == value) for value in (1, 0)]  # missed, and too much
-        regions = [ndimage.label(error) for error in errors]
-        sizes = [np.bincount(parts.ravel(), minlength=2)[1:] for parts, _ in regions]
+        wrong = mask != (truth == 1)
+        errors = [wrong & (truth == value) for value in (1, 0)]  # missed, and too much
+        regions = [ndimage.label(error)[0] for error in errors]
+        sizes = [np.bincount(parts.ravel(), minlength=2)[1:] for parts in regions]
         side = 0 if sizes[0].max() >= sizes[1].max() else 1
-        region = regions[side][0] == 1 + sizes[side].argmax() if sizes[side].max() else truth == 1
-        inside = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]  # the picture's edge is an edge
+        region = regions[side] == 1 + sizes[side].argmax() if sizes[side].max() else truth == 1
+        padded = np.pad(region, 1)  # the picture's edge is an edge of the region
+        inside = ndimage.distance_transform_edt(padded)[1:-1, 1:-1]
         row, column = np.unravel_index(inside.argmax(), inside.shape)
-        points.append([(column + 0.5) / truth.shape[1] * frame, (row + 0.5) / truth.shape[0] * frame])
+        height, width = truth.shape
+        points.append([(column + 0.5) / width * frame, (row + 0.5) / height * frame])
         labels.append(int(truth[row, column] == 1))
     return torch.tensor(points, dtype=torch.float32)[:, None], torch.tensor(labels)[:, None]
 
 
 def label_points(source: str, episode: Episode, srm: nn.Module, actions: Tensor,
                  truth: Truth | None) -> Tensor:
-    """(B,) labels of the chosen patches `actions` (B,), 1 foreground, from one of Table 8's sources.
+    """(B,) labels of the chosen patches (B,), 1 foreground, from one of Table 8's sources.
 
     source: "SRM", "map" (CLIP Surgery's M_c), "mask" (M_{t-1}), "positive", or "truth".
     """
@@ -94,7 +105,7 @@ class Baselines(NamedTuple):
     """The rows without rounds, and what they learn from the training samples."""
 
     persam: PerSAM
-    targets: dict[int, Tensor]  # PerSAM's target embedding (C,) of each text; empty if not asked for
+    targets: dict[int, Tensor]  # PerSAM's target (C,) of each text; empty if not asked for
     threshold: float | None  # of CLIP Surgery's map; None if not asked for
 
     @classmethod

@@ -48,7 +48,7 @@ import numpy as np
 import torch
 
 from common.datasets import IGNORE
-from common.layers import cell_overlaps
+from common.layers import interval_overlaps
 from common.runtime.errors import UserError
 from common.runtime.settings import require_same
 
@@ -85,10 +85,19 @@ def truth_on_grid(label_map: np.ndarray, label: int, grid: tuple[int, int]) -> n
     label_map: uint8 (H, W). Returns float16 (h, w): area of `label` / area not ignored, -1 where
     all is ignored. A pixel that lies in several cells counts in each by the area it covers there.
     """
-    down, across = (cell_overlaps(size, cells) for size, cells in zip(label_map.shape, grid))
+    down, across = (_cell_overlaps(size, cells) for size, cells in zip(label_map.shape, grid))
     valid = down @ (label_map != IGNORE) @ across.T
     foreground = down @ (label_map == label) @ across.T
     return np.where(valid > 0, foreground / np.maximum(valid, 1), -1).astype(np.float16)
+
+
+def _cell_overlaps(pixels: int, cells: int) -> np.ndarray:
+    """float64 (cells, pixels): how much of each pixel of a line lies in each of its equal cells.
+
+    In units of 1 / cells pixel: whole numbers, so that sums are exact, the same on every machine.
+    """
+    edges, pixel_edges = np.arange(cells + 1) * pixels, np.arange(pixels + 1) * cells
+    return interval_overlaps(edges, pixel_edges).astype(np.float64)
 
 
 def truth_at_centres(label_map: np.ndarray, label: int, frame: int, patch: int) -> np.ndarray:

@@ -39,13 +39,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 
-def cell_overlaps(length: int, cells: int) -> np.ndarray:
-    """How much of each of `length` pixels lies in each of `cells` equal cells laid over them.
+def interval_overlaps(edges: np.ndarray, other_edges: np.ndarray) -> np.ndarray:
+    """How much of a line the intervals of one partition share with those of another.
 
-    Returns float64 (cells, length), in units of 1 / cells pixel: whole numbers, so that sums of
-    them are exact and the same on every machine. A cell is `length` of these units wide.
+    edges: (m + 1,) and other_edges: (n + 1,), rising, in the same unit. Returns (m, n), in that
+    unit and in their dtype.
     """
-    cell = np.arange(cells)[:, None] * length
-    pixel = np.arange(length) * cells
-    overlap = np.minimum(cell + length, pixel + cells) - np.maximum(cell, pixel)
-    return overlap.clip(min=0).astype(np.float64)
+    starts, ends = edges[:-1, None], edges[1:, None]
+    shared = np.minimum(ends, other_edges[1:]) - np.maximum(starts, other_edges[:-1])
+    return shared.clip(min=0)

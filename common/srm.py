@@ -1,7 +1,8 @@
-"""The semantic recalibration module (paper, section 3.3): tells, for every place, foreground or background.
+"""The semantic recalibration module (paper, section 3.3): foreground or background, everywhere.
 
-It reads states on the embedding grid and answers y_r, a foreground probability on the same grid. The implicit branch
-sees the spatial state s_t = F * M alone; the explicit branch also sees the semantic state s_c = F * M_c (Eq. 11).
+It reads states on the embedding grid and answers y_r, a foreground probability on the same grid.
+The implicit branch sees the spatial state s_t = F * M alone; the explicit branch also sees the
+semantic state s_c = F * M_c (Eq. 11).
 """
 
 import torch
@@ -13,12 +14,15 @@ from common.runtime.errors import UserError
 
 WIDTH = 64  # channels inside either branch: 50 images cannot train more
 HEADS = 4  # of the explicit branch's self-attention
-JOIN_KERNEL = 1  # of the convolutions that join s_c and s_t: with 3 fifty samples of six classes are learnt by heart
-CHANNEL_DROP = 0.4  # share of F's channels hidden from a sample in training: 50 images are soon learnt by heart
+JOIN_KERNEL = 1  # of the convolutions that join s_c and s_t: 3 overfits 50 samples of six classes
+CHANNEL_DROP = 0.4  # share of F's channels hidden from a sample in training, against overfitting
 
 
 class ImplicitSRM(nn.Module):
-    """y_r = head(two convolution blocks(s_t)); for targets that no text names well (blur, mirrors, saliency)."""
+    """y_r = head(two convolution blocks(s_t)).
+
+    For targets that no text names well (blur, mirrors, saliency).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -26,19 +30,20 @@ class ImplicitSRM(nn.Module):
         self.head = nn.Conv2d(WIDTH, 1, 1)
 
     def forward(self, s_c: Tensor, s_t: Tensor) -> Tensor:
-        """s_t (B, C, h, w) to logits of y_r (B, h, w), Eq. 12; s_c, of the same shape, is not looked at."""
+        """Logits of y_r (B, h, w), Eq. 12, of s_t (B, C, h, w); s_c is not looked at."""
         return self.head(self.branch(s_t))[:, 0]
 
 
 class ExplicitSRM(nn.Module):
-    """Three convolutions join s_c and s_t, one self-attention layer relates places, two convolutions decode.
+    """Three convolutions join s_c and s_t, a self-attention relates places, two decode.
 
     The joining ones look at one place each; the attention and the decoding ones relate places.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.join = nn.Sequential(*(conv_block(before, WIDTH, JOIN_KERNEL) for before in (2 * channels, WIDTH, WIDTH)))
+        before = (2 * channels, WIDTH, WIDTH)
+        self.join = nn.Sequential(*(conv_block(width, WIDTH, JOIN_KERNEL) for width in before))
         self.norm = nn.LayerNorm(WIDTH)
         self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
         self.attended = nn.Linear(WIDTH, WIDTH)
@@ -57,7 +62,10 @@ class ExplicitSRM(nn.Module):
 
 
 def build_srm(branch: str, channels: int) -> ImplicitSRM | ExplicitSRM:
-    """A fresh SRM for embeddings of `channels` channels. Raises UserError unless branch is "implicit" or "explicit"."""
+    """A fresh SRM for embeddings of `channels` channels.
+
+    branch: "implicit" or "explicit". Raises UserError for any other.
+    """
     branches = {"implicit": ImplicitSRM, "explicit": ExplicitSRM}
     if branch not in branches:
         raise UserError(f"BRANCH={branch} is neither implicit nor explicit: set one of them")
@@ -65,41 +73,50 @@ def build_srm(branch: str, channels: int) -> ImplicitSRM | ExplicitSRM:
 
 
 def srm_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Eq. 13: Dice + binary cross-entropy of y_r's logits (B, h, w) against y on the grid, a scalar.
+    """Eq. 13: Dice + binary cross-entropy of y_r's logits (B, h, w) against y on the grid.
 
-    truth (B, h, w): foreground share of each cell in [0, 1], or -1 where there is no truth, which does not count.
-    Both terms are averages over images; Dice is smoothed by one cell.
+    truth: (B, h, w), the foreground share of each cell in [0, 1], or -1 where there is no truth:
+    such cells do not count. Both terms are averages over images; Dice is smoothed by one cell.
     """
     known = (truth >= 0).float()
     truth = truth.clamp(min=0)
     entropy = F.binary_cross_entropy_with_logits(logits, truth, known, reduction="none").sum((1, 2))
     entropy = entropy / known.sum((1, 2)).clamp(min=1)
     probability = logits.sigmoid() * known
-    dice = 1 - (2 * (probability * truth).sum((1, 2)) + 1) / (probability.sum((1, 2)) + (truth * known).sum((1, 2)) + 1)
+    both = (probability * truth).sum((1, 2))
+    areas = probability.sum((1, 2)) + (truth * known).sum((1, 2))
+    dice = 1 - (2 * both + 1) / (areas + 1)
     return (dice + entropy).mean()
 
 
-def train_step(srm: nn.Module, optimizer: torch.optim.Optimizer, s_c: Tensor, s_t: Tensor, truth: Tensor,
-               generator: torch.Generator) -> tuple[float, float]:
+def train_step(srm: nn.Module, optimizer: torch.optim.Optimizer, s_c: Tensor, s_t: Tensor,
+               truth: Tensor, generator: torch.Generator) -> tuple[float, float]:
     """One optimiser step of Eq. 13; returns the loss and the share of cells answered right.
 
-    s_c, s_t (B, C, h, w), truth (B, h, w) as in `srm_loss`. The paper is silent on augmentation; without any the SRM
-    answers its 50 images right and others badly, so each step hides some of F's channels. (Flipped embeddings would be
-    no augmentation: the encoder's features know direction and place, and no flipped image has a flipped embedding.)
-    `generator`, on the CPU whatever the device, makes a resumed run draw what an undisturbed one draws.
+    s_c, s_t: (B, C, h, w). truth: (B, h, w), as in `srm_loss`. generator: on the CPU whatever the
+    device, so that a resumed run draws what an undisturbed one draws.
+
+    The paper is silent on augmentation. Without any the SRM overfits its 50 images, so each step
+    hides some of F's channels. Flipped embeddings would be no augmentation: the encoder's features
+    know direction and place, and no flipped image has a flipped embedding.
     """
-    kept = (torch.rand(s_t.shape[:2], generator=generator) >= CHANNEL_DROP).to(s_t) / (1 - CHANNEL_DROP)
-    kept = kept[:, :, None, None]
+    kept = (torch.rand(s_t.shape[:2], generator=generator) >= CHANNEL_DROP).to(s_t)
+    kept = kept[:, :, None, None] / (1 - CHANNEL_DROP)
     logits = srm(s_c * kept, s_t * kept)
     loss = srm_loss(logits, truth)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.item(), ((logits > 0) == (truth > 0.5))[truth >= 0].float().mean().item()
+    right = (logits > 0) == (truth > 0.5)
+    return loss.item(), right[truth >= 0].float().mean().item()
 
 
 def sample_at(values: Tensor, points: Tensor, frame: int) -> Tensor:
-    """Bilinear samples (B, N) of maps (B, h, w) at points (B, N, 2), (x, y) in a frame x frame picture."""
-    edge = 1 - 1 / torch.tensor(values.shape[:0:-1], device=values.device)  # centre of the last cell, (w, h)
-    where = (points.to(values) * (2 / frame) - 1).clamp(-edge, edge)[:, :, None]  # beyond it: as at the border
+    """Bilinear samples (B, N) of maps (B, h, w).
+
+    points: (B, N, 2), (x, y) in a frame x frame picture. Beyond the centres of the outermost cells
+    the values are those at the centres.
+    """
+    edge = 1 - 1 / torch.tensor(values.shape[:0:-1], device=values.device)  # last cell, (w, h)
+    where = (points.to(values) * (2 / frame) - 1).clamp(-edge, edge)[:, :, None]
     return F.grid_sample(values[:, None], where, mode="bilinear", align_corners=False)[:, 0, :, 0]

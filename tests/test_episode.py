@@ -85,6 +85,15 @@ def test_the_start_without_truth_is_the_highest_and_the_lowest_cell(episode):
     assert episode.labels.tolist() == [[1, 0]] * 3
 
 
+def test_a_start_point_is_the_surest_cell_though_several_round_to_probability_one(episode):
+    logits = torch.zeros(3, 10, 10)
+    logits[:, 1], logits[:, 6] = 30.0, -120.0  # sigmoids of exactly 1 and 0 in float32
+    logits[:, 1, 4], logits[:, 6, 8] = 31.0, -121.0
+    assert (logits.sigmoid() == 1).sum() == 30 and (logits.sigmoid() == 0).sum() == 30
+    episode.start_without_truth(lambda s_c, s_t: logits)
+    assert episode.points.round().tolist() == [[[360, 120], [680, 520]]] * 3
+
+
 def test_the_srm_is_asked_a_few_images_at_a_time_and_answers_the_same(episode):
     asked = []
 
