@@ -56,8 +56,8 @@ def tables_of(task: str) -> dict:
 def scripts(monkeypatch, tmp_path):
     """Stands in for the numbered scripts: keeps the commands, and writes results.
 
-    Those depend on seed and constants. Every kind of figure differs from the others; pooled IoU is
-    3 percent points above the mean over images, pooled BER 7.
+    Those depend on seed and constants. Pooled IoU is 3 percent points above the mean over images,
+    pooled BER 7.
     """
     monkeypatch.chdir(tmp_path)
     commands, trained = [], {}
