@@ -7,13 +7,58 @@ from pathlib import Path
 import pytest
 
 from common.results import tables
-from common.results.paper import paper_figures, results_table
+from common.results.paper import POOLED_NOTE, paper_figures, results_table
 from common.runtime.errors import UserError
+from common.tasks import get_task
+
+RECIPE = {"episodes": 50, "rounds": 15, "shots": 0, "residual": 0.0, "every_text": False,
+          "branch": "implicit", "features": "0a"}
+ROWS = ["AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", "labels: CLIP Surgery", "labels: last mask",
+        "PerSAM"]
+
+
+def typed(text: str) -> object:
+    """A constant's value as a JSON file holds it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def results_of(given: dict[str, str], trained: dict, score: float) -> dict:
+    """What stage 4 writes, called with the constants `given`; VOC has two classes."""
+    rows = ROWS if given["ROWS"] == "all" else given["ROWS"].split(",")
+    rounds = int(given.get("ROUNDS", 15))
+    after_rounds = [score + 0.01 * number for number in range(rounds + 1)]
+    row = {"mIoU": score, "F": score, "BER": score, "E": score, "MAE": score, "FR": score,
+           "pooled": {"IoU": score + 0.03, "BER": score + 0.07}}
+    per_round = {}
+    if given["TASK"] == "voc":
+        row["per_class"] = {"car": class_scores(score, score + 0.11),
+                            "sheep": class_scores(score + 0.2, score + 0.05)}
+        per_round = {name: dict.fromkeys(row["per_class"], after_rounds) for name in rows}
+    return {"task": given["TASK"], "sam": "demo", "clip": "demo", "branch": "implicit",
+            "samples": 240, "foreground_rate_attainable": 0.4, "trained": trained,
+            "rounds": rounds, "evaluation_seed": int(given["SEED"]), "sample_actions": False,
+            "rows": dict.fromkeys(rows, row), "iou_per_round": dict.fromkeys(rows, after_rounds),
+            "iou_per_round_per_class": per_round}
+
+
+def class_scores(mean: float, pooled: float) -> dict:
+    return {"mIoU": mean, "pooled": {"IoU": pooled, "BER": 0.9}}
+
+
+def tables_of(task: str) -> dict:
+    return json.loads(Path(f"runs/{task}/tables.json").read_text())["tables"]
 
 
 @pytest.fixture
 def scripts(monkeypatch, tmp_path):
-    """Stands in for the numbered scripts: keeps the commands, and writes results that depend on seed and constants."""
+    """Stands in for the numbered scripts: keeps the commands, and writes results.
+
+    Those depend on seed and constants. Pooled IoU is 3 percent points above the mean over images,
+    pooled BER 7.
+    """
     monkeypatch.chdir(tmp_path)
     commands, trained = [], {}
 
@@ -26,64 +71,113 @@ def scripts(monkeypatch, tmp_path):
             (folder / "srm.pt").write_text(given["SEED"])
             trained.pop(folder, None)
         if script.startswith(("02", "03")):
-            trained.setdefault(folder, {"episodes": "50", "rounds": "15", "shots": "0", "residual": "0.0",
-                                        "every_text": "false", "branch": "implicit"})
-            trained[folder].update({name.lower(): value for name, value in given.items()
-                                    if name not in ("RUN_DIR", "FEATURES", "DEVICE")} | {"features": "0a"})
+            trained.setdefault(folder, dict(RECIPE))
+            trained[folder].update({name.lower(): typed(value) for name, value in given.items()
+                                    if name not in ("RUN_DIR", "FEATURES", "DEVICE")})
         if script.startswith("04"):
-            rows = ["AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", "labels: CLIP Surgery", "labels: last mask", "PerSAM"]
-            rows = rows if given["ROWS"] == "all" else given["ROWS"].split(",")
-            rounds = int(given.get("ROUNDS", 15))
             score = 0.4 + 0.1 * int(given["SEED"]) + (0.05 if "explicit" in str(folder) else 0)
-            row = dict.fromkeys(("mIoU", "F", "BER", "E", "MAE", "FR"), score)
-            (folder / given["RESULTS"]).write_text(json.dumps({
-                "task": given["TASK"], "sam": "demo", "clip": "demo", "branch": "implicit", "samples": 240,
-                "foreground_rate_attainable": 0.4, "trained": trained.get(folder, {}),
-                "rounds": rounds, "evaluation_seed": int(given["SEED"]), "sample_actions": False,
-                "rows": {name: row for name in rows},
-                "iou_per_round": {name: [score + 0.01 * number for number in range(rounds + 1)] for name in rows}}))
+            content = results_of(given, trained.get(folder, {}), score)
+            (folder / given["RESULTS"]).write_text(json.dumps(content))
 
     monkeypatch.setattr(tables, "run_script", run_script)
     monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0a", 50, ("saliency object",)))
     return commands
 
 
-def test_the_tables_hold_mean_and_deviation_over_seeds_and_nothing_is_run_twice(scripts, monkeypatch, capsys):
+def test_tables_hold_mean_and_deviation_over_seeds_and_nothing_is_run_twice(scripts, monkeypatch):
     monkeypatch.setattr(tables, "SEEDS", (0, 1))
     tables.main()
     first = len(scripts)
     stages = [stage for stage, _ in scripts]
     assert stages.count("01") == 1
-    assert stages.count("02") == stages.count("03") == 2 * 5  # a seed: main, AlignSAM+, other branch, 5 and 20 shots
+    # a seed: main, AlignSAM+, other branch, 5 and 20 shots
+    assert stages.count("02") == stages.count("03") == 2 * 5
     assert stages.count("04") == 2 * 6  # and 20 rounds
     text = Path("runs/demo_saliency/tables.md").read_text()
     assert "| AlignSAM | 45.00 ± 7.07 |" in text  # 0.4 and 0.5, deviation 0.0707
     assert re.search(r"\| explicit \| 50.00 ± 7.07", text)
     assert "0.450 ± 0.071" in text  # MAE stays a fraction
-    stored = json.loads(Path("runs/demo_saliency/tables.json").read_text())
-    table = stored["tables"]["Table 5: IoU after each round (trained with T = 15)"]
+    table = tables_of("demo_saliency")["Table 5: IoU after each round (trained with T = 15)"]
     assert table["AlignSAM"]["20"] == pytest.approx([0.65, 0.0707], abs=1e-4)
     assert Path("runs/demo_saliency/iterations.png").stat().st_size > 1000
     (Path("runs/demo_saliency-seed1") / "results.json").unlink()
     tables.main()
-    assert [stage for stage, _ in scripts[first:] if stage != "01"] == ["02", "03", "04"]  # only what was missing
+    again = [stage for stage, _ in scripts[first:] if stage != "01"]
+    assert again == ["02", "03", "04"]  # only what was missing
+
+
+def test_pooled_metrics_stand_beside_the_means_over_images(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "SEEDS", (0, 1))
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
+    tables.main()
+    for title, row in (("Tables 2 and 3: the method and its ablations", "w/o RL"),
+                       ("Baselines and bounds", "PerSAM")):
+        scores = tables_of("demo_saliency")[title][row]
+        assert scores["mIoU"] == scores["BER"] == pytest.approx([0.45, 0.0707], abs=1e-4)
+        assert scores["pooled IoU"] == pytest.approx([0.48, 0.0707], abs=1e-4)
+        assert scores["pooled BER"] == pytest.approx([0.52, 0.0707], abs=1e-4)
+    text = Path("runs/demo_saliency/tables.md").read_text()
+    assert "| FR | pooled IoU | pooled BER |" in text
+    assert "| 45.00 ± 7.07 | 48.00 ± 7.07 | 52.00 ± 7.07 |" in text
+    assert text.count(POOLED_NOTE) == 2
+
+
+def test_the_papers_iou_and_ber_stand_beside_pooled_ones_too(scripts, monkeypatch):
+    write_table(monkeypatch, "sbu")
+    text = Path("runs/sbu/tables.md").read_text()
+    assert "| pooled IoU | pooled IoU (paper) | pooled BER | pooled BER (paper) |" in text
+    assert "| 43.00 | 30.78 | 47.00 | 34.62 |" in text  # AlignSAM's row ends so
+
+
+def test_classes_have_a_table_of_means_and_one_of_pooled_ious(scripts, monkeypatch):
+    write_table(monkeypatch, "voc")
+    written = tables_of("voc")
+    means = written["Table 3: IoU per class"]["AlignSAM"]
+    title = "Table 3: IoU per class, pooled over images (VOC's own way of counting)"
+    pooled = written[title]["AlignSAM"]
+    assert {name: value for name, (value, _) in means.items()} == pytest.approx(
+        {"car": 0.4, "sheep": 0.6})
+    assert {name: value for name, (value, _) in pooled.items()} == pytest.approx(
+        {"mIoU": 0.48, "car": 0.51, "sheep": 0.45})
+    text = Path("runs/voc/tables.md").read_text()
+    assert "| AlignSAM | 40.00 | 66.13 | 60.00 | 73.12 |" in text
+    assert "| AlignSAM | 48.00 | 62.09 | 51.00 | 66.13 | 45.00 | 73.12 |" in text
+    # the paper's is a mean over classes, and this is not
+    assert "pooled IoU" in text and "pooled IoU (paper)" not in text
+
+
+def write_table(monkeypatch, task: str) -> None:
+    """Writes the main runs' tables of a real data set, as if of the paper's models."""
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
+    monkeypatch.setattr(tables, "TASK", task)
+    monkeypatch.setattr(tables, "stand_ins", lambda sam, clip: "")
+    texts = get_task(task, "-").texts
+    monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0a", 50, texts))
+    Path("runs", task).mkdir(parents=True)
+    Path("runs", task, "features.h5").touch()
+    tables.main()
 
 
 def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
     monkeypatch.setattr(tables, "FIGURE7", True)
     tables.main()
-    of = {(stage, Path(given.get("RUN_DIR", "")).name, given.get("RESULTS")): given for stage, given in scripts}
+    of = {}
+    for stage, given in scripts:
+        of[stage, Path(given.get("RUN_DIR", "")).name, given.get("RESULTS")] = given
     assert of["02", "demo_saliency-seed0-explicit", None]["BRANCH"] == "explicit"
     assert of["02", "demo_saliency-seed0-shots5", None]["SHOTS"] == "5"
     assert of["03", "demo_saliency-seed0-shots5", None]["SHOTS"] == "5"
     assert of["02", "demo_saliency-seed0-plus", None]["RESIDUAL"] == "0.5"
+    assert of["02", "demo_saliency-seed0-plus", None]["EVERY_TEXT"] == "true"
     assert of["04", "demo_saliency-seed0", "T20.json"]["ROUNDS"] == "20"
+    assert of["04", "demo_saliency-seed0", "T20.json"]["ROWS"] == "AlignSAM,w/o RL,w/o SRM"
     assert of["03", "demo_saliency-seed0-episodes100", None]["EPISODES"] == "100"
     assert of["03", "demo_saliency-seed0-rounds5", None]["ROUNDS"] == "5"
     assert of["04", "demo_saliency-seed0-rounds5", "results.json"]["ROUNDS"] == "5"
     assert ("02", "demo_saliency-seed0-rounds5", None) not in of  # its SRM is the main run's
     assert Path("runs/demo_saliency-seed0-rounds5/srm.pt").read_text() == "0"
-    assert all(given["FEATURES"] == "runs/demo_saliency/features.h5" for stage, given in scripts if stage != "01")
+    assert {given["FEATURES"] for stage, given in scripts if stage != "01"} == {
+        "runs/demo_saliency/features.h5"}
     assert Path("runs/demo_saliency/figure7_episodes.png").exists()
 
 
@@ -91,11 +185,11 @@ def test_shots_that_the_cache_does_not_hold_are_left_out(scripts, monkeypatch):
     monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0a", 12, ("saliency object",)))
     monkeypatch.setattr(tables, "EXPERIMENTS", ("shots",))
     tables.main()
-    table = json.loads(Path("runs/demo_saliency/tables.json").read_text())["tables"]["Table 10: labelled images, mIoU"]
+    table = tables_of("demo_saliency")["Table 10: labelled images, mIoU"]
     assert list(table["AlignSAM"]) == ["5", "all"]
 
 
-def test_the_papers_figures_stand_beside_its_models_and_its_question_only(scripts, monkeypatch, capsys):
+def test_the_papers_figures_stand_beside_its_models_and_its_question_only(scripts, monkeypatch):
     monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
     monkeypatch.setattr(tables, "TASK", "duts")
     Path("runs/duts").mkdir(parents=True)
@@ -106,34 +200,41 @@ def test_the_papers_figures_stand_beside_its_models_and_its_question_only(script
         monkeypatch.setattr(tables, "look_into_cache", lambda task, texts=texts: ("0a", 50, texts))
         tables.main()
         path = Path("runs/duts-seed0/results.json")
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict(zip(("sam", "clip"), models))))
+        content = json.loads(path.read_text())
+        content["sam"], content["clip"] = models
+        path.write_text(json.dumps(content))
         tables.main()
         text = Path("runs/duts/tables.md").read_text()
-        assert ("(paper)" in text) == beside and ("(stand-ins: CLIP)" in text) == ("demo" in models)
+        assert ("(paper)" in text) == beside
+        assert ("(stand-ins: CLIP)" in text) == ("demo" in models)
 
 
-def test_results_of_another_cache_or_of_other_constants_are_not_taken_for_these(scripts, monkeypatch):
+def test_results_of_another_cache_or_of_other_constants_are_not_taken(scripts, monkeypatch):
     monkeypatch.setattr(tables, "EXPERIMENTS", ("main", "branches"))
     tables.main()
     monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0b", 50, ("saliency object",)))
-    with pytest.raises(UserError, match="seed0/results.json comes from a run with another features.h5"):
+    with pytest.raises(UserError, match="seed0/results.json was made from another features file "
+                                        ".*: move .*seed0 away, or delete it, and run the same"):
         tables.main()
     monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0a", 50, ("saliency object",)))
     path = Path("runs/demo_saliency-seed0-explicit/results.json")
     path.write_text(path.read_text().replace('"branch": "explicit"', '"branch": "implicit"'))
-    with pytest.raises(UserError, match="explicit/results.json comes from a run with BRANCH=implicit, not explicit"):
+    with pytest.raises(UserError, match="explicit/results.json was made with BRANCH=implicit, and "
+                                        "now it is explicit: move .*explicit away, or delete it"):
         tables.main()
 
 
 def with_rounds(content: dict, rounds: int) -> None:
     content["rounds"] = rounds
-    content["iou_per_round"] = {row: values[:rounds + 1] for row, values in content["iou_per_round"].items()}
+    for row, values in content["iou_per_round"].items():
+        content["iou_per_round"][row] = values[:rounds + 1]
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda content: content["trained"].update(episodes="5"), "EPISODES=5, not 50"),
-    (lambda content: with_rounds(content, 5), "ROUNDS=5, not 15"),
-    (lambda content: content.update(sample_actions=True), "SAMPLE_ACTIONS=True, not False")])
+    (lambda content: content["trained"].update(episodes=5), "EPISODES=5, and now it is 50"),
+    (lambda content: with_rounds(content, 5), "ROUNDS=5, and now it is 15"),
+    (lambda content: content.update(sample_actions=True),
+     "SAMPLE_ACTIONS=True, and now it is False")])
 def test_a_table_is_of_one_recipe(scripts, monkeypatch, change, said):
     monkeypatch.setattr(tables, "SEEDS", (0, 1))
     monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
@@ -142,7 +243,7 @@ def test_a_table_is_of_one_recipe(scripts, monkeypatch, change, said):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"seed1/results.json comes from a run with {said}"):
+    with pytest.raises(UserError, match=f"seed1/results.json was made with {said}"):
         tables.main()
 
 
@@ -153,7 +254,7 @@ def test_20_rounds_that_are_fewer_are_not_taken_for_them(scripts, monkeypatch):
     content = json.loads(path.read_text())
     with_rounds(content, 15)
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="T20.json comes from a run with ROUNDS=15, not 20"):
+    with pytest.raises(UserError, match="T20.json was made with ROUNDS=15, and now it is 20"):
         tables.main()
 
 
@@ -168,35 +269,54 @@ def test_real_data_without_a_cache_are_not_guessed_at(scripts, monkeypatch):
 
 def test_the_papers_figures_stand_beside_the_right_rows():
     assert paper_figures("labels", "voc")["RL + SRM"]["mIoU"] == 62.09
-    assert paper_figures("branches", "sbu") == {"implicit": {"mIoU": 19.40}, "explicit": {"mIoU": 30.78}}
+    branches = paper_figures("branches", "sbu")
+    assert branches == {"implicit": {"mIoU": 19.40}, "explicit": {"mIoU": 30.78}}
     assert paper_figures("shots", "msd")["AlignSAM"] == {"5": 31.19, "20": 38.78}
     assert paper_figures("foreground rate", "duts")["random"]["FR"] == 14.6
-    assert paper_figures("iterations", "voc")["sheep"]["20"] == 74.0 and paper_figures("iterations", "duts") is None
-    assert paper_figures("shots", "sbu") is None and paper_figures("labels", "duts") is None
-    table = results_table({"implicit": {"mIoU": (0.2, 0.01)}}, paper_figures("branches", "sbu"))
-    assert "| implicit | 20.00 ± 1.00 | 19.40 |" in table and "| explicit (paper only) | – | 30.78 |" in table
+    assert paper_figures("iterations", "voc")["sheep"]["20"] == 74.0
+    assert paper_figures("classes", "voc")["AlignSAM"]["sofa"] == 61.63
+    for table, key in (("iterations", "duts"), ("classes", "duts"), ("labels", "duts"),
+                       ("shots", "sbu")):
+        assert paper_figures(table, key) is None
+    text = results_table({"implicit": {"mIoU": (0.2, 0.01)}}, branches)
+    assert "| implicit | 20.00 ± 1.00 | 19.40 |" in text
+    assert "| explicit (paper only) | – | 30.78 |" in text
 
 
 @pytest.fixture
 def results(scripts) -> Path:
     """A file of results as stage 4 writes it."""
-    tables.run_script("04_evaluate.py", "TASK=sbu", "SEED=0", "ROWS=all", "RUN_DIR=.", "RESULTS=results.json")
+    tables.run_script("04_evaluate.py", "TASK=sbu", "SEED=0", "ROWS=all", "RUN_DIR=.",
+                      "RESULTS=results.json")
     return Path("results.json")
 
 
 def test_results_are_read_as_they_were_written(results):
-    assert tables.read_results(results, "sbu", ("AlignSAM", "PerSAM")) == json.loads(results.read_text())
+    content = json.loads(results.read_text())
+    assert tables.read_results(results, "sbu", ("AlignSAM", "PerSAM")) == content
+
+
+def aligned(content: dict) -> dict:
+    return content["rows"]["AlignSAM"]
+
+
+def pooled(content: dict) -> dict:
+    return aligned(content)["pooled"]
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda content: content["rows"]["AlignSAM"].update(mIoU=float("nan")), "a figure is not finite"),
-    (lambda content: content["rows"]["AlignSAM"].update(mIoU="high"), "TypeError"),
-    (lambda content: content["rows"]["AlignSAM"].pop("mIoU"), "KeyError"),
+    (lambda content: aligned(content).update(mIoU=float("nan")), "a figure is not finite"),
+    (lambda content: aligned(content).update(mIoU="high"), "TypeError"),
+    (lambda content: aligned(content).pop("mIoU"), "KeyError"),
+    (lambda content: pooled(content).update(BER=float("inf")), "a figure is not finite"),
+    (lambda content: pooled(content).pop("IoU"), "KeyError"),
     (lambda content: content.update(rows=[]), "rows is no dict"),
     (lambda content: content.update(iou_per_round={}), "KeyError"),
-    (lambda content: content["iou_per_round"]["AlignSAM"].pop(), "rounds are not as many as it says"),
+    (lambda content: content["iou_per_round"]["AlignSAM"].pop(),
+     "rounds are not as many as it says"),
     (lambda content: content.update(task="duts"), "holds results of duts, not sbu: move it away"),
-    (lambda content: content["rows"].pop("PerSAM"), "lacks the row PerSAM: delete it and run the same command again"),
+    (lambda content: content["rows"].pop("PerSAM"),
+     "lacks the row PerSAM: delete it and run the same command again"),
 ])
 def test_results_that_do_not_hold_what_the_tables_need_are_named(results, change, said):
     content = json.loads(results.read_text())
@@ -206,8 +326,21 @@ def test_results_that_do_not_hold_what_the_tables_need_are_named(results, change
         tables.read_results(results, "sbu", ("AlignSAM", "PerSAM"))
 
 
+def test_results_from_before_there_were_pooled_metrics_are_outdated(results):
+    said = "from before results held pooled IoU and BER: delete it and run the same command again"
+    content = json.loads(results.read_text())
+    whole = aligned(content).pop("pooled")
+    results.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"results.json is {said}"):
+        tables.read_results(results, "sbu", ())
+    aligned(content).update(pooled=whole, per_class={"car": {"mIoU": 0.5}})
+    results.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"results.json is {said}"):
+        tables.read_results(results, "sbu", ())
+
+
 @pytest.mark.parametrize("stored", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
 def test_results_that_are_no_json_are_named(results, stored):
     results.write_bytes(stored)
-    with pytest.raises(UserError, match="results.json is damaged or was not written by 04_evaluate.py"):
+    with pytest.raises(UserError, match="is damaged or was not written by 04_evaluate.py"):
         tables.read_results(results, "sbu", ())

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.cache import Cache
 from common.metrics import Score
-from common.results.paper import paper_row, results_table, stand_ins
+from common.results.paper import POOLED_NOTE, paper_row, results_table, stand_ins
 from common.results.pictures import save_strips, strip
 from common.results.report import gallery_item, write_report
 from common.runtime import checkpoint
@@ -24,7 +24,8 @@ STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
 def check_results_name(name: str) -> None:
     """Raises UserError unless `name` can be the name of a results file in the run folder."""
     if not name.endswith(".json") or "/" in name:
-        raise UserError(f"RESULTS={name} is no name of a results file: set it to one that ends in .json")
+        raise UserError(f"RESULTS={name} is no name of a results file: set it to one that ends in "
+                        ".json")
 
 
 class Drawing:
@@ -44,7 +45,11 @@ class Drawing:
 
     def draw(self, row: str, score: Score, masks: list[np.ndarray], label_map: np.ndarray,
              points: np.ndarray, labels: np.ndarray) -> dict:
-        """What is kept of a sample, made while its masks (H, W) are at hand: they are too large to keep."""
+        """What is kept of a sample. It is made now, as the masks are too large to keep.
+
+        masks: bool (H, W) after each round. label_map: uint8 (H, W). points, labels: (2 + T, 2) and
+        (2 + T,), in the order of prompting.
+        """
         number = score.number
         kept = {"mask": torch.from_numpy(masks[-1])} if number in self.in_strips else {}
         if row != "AlignSAM":
@@ -68,8 +73,9 @@ class Drawing:
     def compare(self, number: int, masks: dict[str, np.ndarray]) -> Image.Image:
         """A sample's last mask of each row, side by side (the paper's Figure 4)."""
         sample = self.samples[number]
-        return strip(self.cache.name(sample), self.cache.texts[sample[1]], self.cache.picture(sample),
-                     self.cache.label_map(sample), masks, {}, self.frame)
+        name, target = self.cache.name(sample), self.cache.texts[sample[1]]
+        return strip(name, target, self.cache.picture(sample), self.cache.label_map(sample), masks,
+                     {}, self.frame)
 
 
 @dataclass
@@ -81,7 +87,7 @@ class Report:
     """
 
     folder: Path
-    name: str  # of the results file; its stem goes before the pictures' names unless it is "results"
+    name: str  # of the results file; the pictures' names begin with its stem, if not "results"
     cache: Cache
     trained: dict
     rows: list[str]
@@ -95,7 +101,10 @@ class Report:
         return self.folder / f"{self.name}.part"
 
     def take_over_finished_rows(self, command: str) -> None:
-        """Takes over the rows that a stopped call of `command` with the same settings has finished."""
+        """Takes over the rows that a stopped call has finished, if its settings were the same.
+
+        command: how stage 4 is called, for the message where the file is damaged.
+        """
         if self.part.exists():
             saved = checkpoint.load(self.part, command, rows=dict)
             if saved["settings"] == self.made_with:
@@ -139,10 +148,15 @@ class Report:
             "foreground_rate_attainable": (centres / rounds).mean().item()}
         if threshold is not None:
             content["clip_surgery_threshold"] = threshold
-        content["rows"] = {row: self.finished[row]["metrics"] for row in self.rows}
-        names = ["iou_per_round"] + ["iou_per_round_per_class"] * bool(self.drawing.classes)
-        return content | {name: {row: self.finished[row][name] for row in self.rows}
-                          for name in names}
+        content["rows"] = self._of_rows("metrics")
+        content["iou_per_round"] = self._of_rows("iou_per_round")
+        if self.drawing.classes:
+            content["iou_per_round_per_class"] = self._of_rows("iou_per_round_per_class")
+        return content
+
+    def _of_rows(self, name: str) -> dict[str, object]:
+        """{row: what its summary holds under `name`}."""
+        return {row: self.finished[row][name] for row in self.rows}
 
     def paper(self) -> dict[str, dict[str, float]] | None:
         """The paper's figures, where the models and the question are the paper's."""
@@ -151,30 +165,35 @@ class Report:
         return paper_row(task.paper) if task.paper and same else None
 
     def print_tables(self, content: dict, paper: dict | None) -> None:
-        real = not stand_ins(content["sam"], content["clip"])
-        warning = " (stand-ins: small models trained on drawn scenes; no figure compares with the paper's)"
+        warning = ""
+        if stand_ins(content["sam"], content["clip"]):
+            warning = (" (stand-ins: small models trained on drawn scenes; no figure compares with "
+                       "the paper's)")
         print(f"\n{content['task']}, {content['samples']} test samples, SAM {content['sam']}, "
-              f"CLIP {content['clip']}" + ("" if real else warning))
+              f"CLIP {content['clip']}{warning}")
         print(results_table({row: flat(scores) for row, scores in content["rows"].items()}, paper))
-        print("mIoU, F, BER, E and MAE are means over images. Pooled IoU and BER count all pixels of the test set\n"
-              "together; the paper does not say which it used.")
+        print("mIoU, F, BER, E and MAE are means over images; pooled IoU and BER count all pixels "
+              f"together.\n{POOLED_NOTE}")
         print(f"FR attainable: {100 * content['foreground_rate_attainable']:.2f} "
               f"(no choice of {content['rounds']} different patches does better)")
         if content["rounds"] != content["trained"]["rounds"]:
             print(f"evaluated with ROUNDS={content['rounds']}, trained with "
                   f"ROUNDS={content['trained']['rounds']}")
         if self.drawing.classes:
-            for title, of in (("IoU per class, mean over images", lambda scores: scores["mIoU"]),
-                              ("IoU per class, pooled over images (VOC's own way of counting)",
-                               lambda scores: scores["pooled"]["IoU"])):
-                table = {row: {label: of(its) for label, its in scores["per_class"].items()}
-                         for row, scores in content["rows"].items()}
-                print(f"\n{title}\n\n" + results_table(table, paper))
+            means, pooled = {}, {}
+            for row, scores in content["rows"].items():
+                per_class = scores["per_class"].items()
+                means[row] = {label: its["mIoU"] for label, its in per_class}
+                pooled[row] = {label: its["pooled"]["IoU"] for label, its in per_class}
+            print("\nIoU per class, mean over images\n\n" + results_table(means, paper))
+            print("\nIoU per class, pooled over images (VOC's own way of counting)\n\n"
+                  + results_table(pooled, paper))
 
     def write_pictures(self, content: dict, paper: dict | None) -> list[Path]:
         """strips.png, comparison.png and report.html, as far as they have something to show."""
-        prefix = "" if self.name == "results.json" else f"{self.name.removesuffix('.json')}-"
-        pictures = {row: self.finished[row]["pictures"] for row in self.rows}
+        stem = self.name.removesuffix(".json")
+        prefix = "" if stem == "results" else f"{stem}-"
+        pictures = self._of_rows("pictures")
         prompted, written = list(pictures.get("AlignSAM", {}).values()), []
         strips = [Image.fromarray(kept["strip"].numpy()) for kept in prompted if "strip" in kept]
         if strips:  # the paper's Figure 5: points and mask growing

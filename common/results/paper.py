@@ -4,23 +4,29 @@ import json
 from pathlib import Path
 
 TABLES = json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
-CLASSES = list(TABLES["table5_iterations_voc_iou"]["rows"])  # the four of VOC that Tables 5 and 8 print
+CLASSES = list(TABLES["table5_iterations_voc_iou"]["rows"])  # VOC's, of Tables 5 and 8
 OUR_NAMES = {"F_beta": "F", "E_phi": "E"}  # the paper's names where they differ from ours
+POOLED_NOTE = ("The paper does not say whether it averages IoU and BER over images or pools all "
+               "pixels of the test set, so both are given.")
+_TITLES = {"labels": "table8_label_source_voc_iou", "foreground rate": "table9_foreground_rate",
+           "branches": "table4_semantic_switch", "shots": "table10_shots"}
 
 
 def stand_ins(sam: str, clip: str) -> str:
-    """Which of the two models are the repository's own small ones, " (stand-ins: SAM, CLIP)"; empty where neither is,
-    so that figures compare with the paper's."""
+    """Names the models that are this repository's own small ones: " (stand-ins: SAM, CLIP)".
+
+    Empty where neither is. Only then do figures compare with the paper's.
+    """
     own = [name for name, model in (("SAM", sam), ("CLIP", clip)) if model == "demo"]
     return f" (stand-ins: {', '.join(own)})" if own else ""
 
 
 def paper_row(key: str) -> dict[str, dict[str, float]]:
-    """What the paper prints for the task `key`, {row: {metric: figure}}, in percent (MAE: a fraction).
+    """What the paper prints for the task `key`: {row: {metric: figure}}, percent (MAE: a fraction).
 
-    Rows and metrics are those of Table 2 ("cuhk", "sbu", "msd", "duts") or Table 3 ("voc": mIoU and the
-    IoU of ten classes), "AlignSAM w/o RL" being "w/o RL" here, with the foreground rate FR of Table 9 in the two rows
-    that it has. Raises KeyError.
+    Rows and metrics are those of Table 2 ("cuhk", "sbu", "msd", "duts") or Table 3 ("voc": mIoU and
+    the IoU of ten classes). "AlignSAM w/o RL" is called "w/o RL" here. The two rows that Table 9
+    has also get its foreground rate FR. Raises KeyError for any other key.
     """
     rows = _columns("table3_voc_iou") if key == "voc" else _columns("table2", key)
     foreground_rate = _columns("table9_foreground_rate", key)
@@ -30,47 +36,68 @@ def paper_row(key: str) -> dict[str, dict[str, float]]:
 
 
 def paper_figures(table: str, key: str) -> dict[str, dict[str, float]] | None:
-    """The paper's figures beside one of `common.results.tables`' tables, for its task `key`; None where it prints none.
+    """The paper's figures for one of the tables of `common.results.tables`, or None if it has none.
 
     table: "rows", "classes", "labels", "foreground rate", "branches", "shots" or "iterations".
+    key: the paper's task, as in `paper_row`.
     """
+    if key != "voc" and table in ("classes", "iterations"):
+        return None
     if table == "iterations":
         printed = TABLES["table5_iterations_voc_iou"]
-        return {label: dict(zip(map(str, printed["columns"]), figures, strict=True))
-                for label, figures in printed["rows"].items()} if key == "voc" else None
+        rounds = [str(number) for number in printed["columns"]]
+        return {label: dict(zip(rounds, figures, strict=True))
+                for label, figures in printed["rows"].items()}
     if table in ("rows", "classes"):
-        if table == "classes" and key != "voc":
-            return None
         return paper_row(key)
-    name = {"labels": "table8_label_source_voc_iou", "foreground rate": "table9_foreground_rate",
-            "branches": "table4_semantic_switch", "shots": "table10_shots"}[table]
+    one_task = table == "labels" and key == "voc"  # Table 8 has columns of this task alone
     try:
-        return _columns(name, None if table == "labels" and key == "voc" else key)
+        return _columns(_TITLES[table], None if one_task else key)
     except KeyError:
         return None
 
 
+def beside_pooled(paper: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """`paper`'s figures with IoU and BER a second time, to stand beside our pooled ones too.
+
+    POOLED_NOTE says why.
+    """
+    doubled = {}
+    for row, figures in paper.items():
+        doubled[row] = dict(figures)
+        for metric, pooled in (("mIoU", "pooled IoU"), ("BER", "pooled BER")):
+            if metric in figures:
+                doubled[row][pooled] = figures[metric]
+    return doubled
+
+
 def _columns(table: str, task: str | None = None) -> dict[str, dict[str, float]]:
-    """{row: {metric: figure}} of a table of the paper, of the columns of one task where it has several."""
-    columns = TABLES[table]["columns"]
-    if task is not None:
-        columns = [column if column.startswith(f"{task}.") else None for column in columns]
-        if not any(columns):
-            raise KeyError(task)
-    names = [column and column.split(".")[-1] for column in columns]
-    return {
-        row.removeprefix("AlignSAM "): {OUR_NAMES.get(name, name): figure
-                                        for name, figure in zip(names, figures, strict=True) if name}
-        for row, figures in TABLES[table]["rows"].items()
-    }
+    """{row: {metric: figure}} of a table of the paper.
+
+    task: takes the columns of this task alone, where the table has several. Raises KeyError where
+    it has none of it.
+    """
+    names = TABLES[table]["columns"]
+    kept = [task is None or name.startswith(f"{task}.") for name in names]
+    if not any(kept):
+        raise KeyError(task)
+    metrics = [OUR_NAMES.get(name.split(".")[-1], name.split(".")[-1]) for name in names]
+    rows = {}
+    for row, figures in TABLES[table]["rows"].items():
+        columns = zip(metrics, figures, kept, strict=True)
+        rows[row.removeprefix("AlignSAM ")] = {metric: figure for metric, figure, keep in columns
+                                               if keep}
+    return rows
 
 
-def results_table(rows: dict[str, dict], paper: dict[str, dict[str, float]] | None = None) -> str:
-    """A Markdown table of our `rows`, {row: {column: figure}}: percent with two digits, MAE with three.
+def results_table(rows: dict[str, dict],
+                  paper: dict[str, dict[str, float]] | None = None) -> str:
+    """A Markdown table of our `rows`, {row: {column: figure}}.
 
-    A figure is a fraction, or a pair of it and its deviation over seeds (None for one seed); a missing one is a dash.
-    Columns stand in the order of their first use. `paper` (see `paper_row`) puts its figure for the same row and metric
-    beside ours; its other rows follow, marked "paper only".
+    A figure is a fraction, or a pair of it and its deviation over seeds (None for one seed). It is
+    shown in percent with two digits, MAE as a fraction with three, a missing one as a dash. Columns
+    stand in the order of their first use. `paper` (see `paper_row`) puts its figure for the same
+    row and metric beside ours. Its other rows follow, marked "paper only".
     """
     paper = paper or {}
     metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -90,8 +117,10 @@ def results_table(rows: dict[str, dict], paper: dict[str, dict[str, float]] | No
 
 
 def _figure(value: float | tuple | list | None, name: str, scale: float) -> str:
+    """A cell of `results_table`: the value times `scale`, with its deviation where it has one."""
     if value is None:
         return "–"
     value, deviation = value if isinstance(value, (tuple, list)) else (value, None)
     digits = 3 if name == "MAE" else 2
-    return f"{value * scale:.{digits}f}" + ("" if deviation is None else f" ± {deviation * scale:.{digits}f}")
+    text = f"{value * scale:.{digits}f}"
+    return text if deviation is None else f"{text} ± {deviation * scale:.{digits}f}"

@@ -17,13 +17,17 @@ FOREGROUND, BACKGROUND = (40, 220, 60), (240, 40, 40)
 
 
 def plot_curves(rows: list[dict], path: Path, title: str) -> None:
-    """One small plot per logged quantity over the log's first column, as PNG; nothing where the log is empty."""
+    """One small plot per logged quantity over the log's first column, as PNG.
+
+    Writes nothing where the log is empty.
+    """
     if not rows:
         return
     x_name, *names = rows[0]
     columns = 3
     lines = -(-len(names) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.4 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.4 * lines), squeeze=False,
+                                layout="constrained")
     for axis, name in zip(axes.flat, names):
         axis.plot([row[x_name] for row in rows], [row[name] for row in rows], linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=9)
@@ -38,8 +42,12 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def overlay(picture: np.ndarray, mask: np.ndarray, size: tuple[int, int] = (PANEL, PANEL)) -> Image.Image:
-    """uint8 (H, W, 3) with the bool mask (H', W') laid over it in blue with a white outline; size (width, height)."""
+def overlay(picture: np.ndarray, mask: np.ndarray,
+            size: tuple[int, int] = (PANEL, PANEL)) -> Image.Image:
+    """A picture with a mask laid over it in blue, with a white outline.
+
+    picture: uint8 (H, W, 3). mask: bool (H', W'). size: (width, height) of what is returned.
+    """
     base = Image.fromarray(picture).resize(size, Image.BILINEAR)
     where = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.NEAREST)
     outline = ImageChops.subtract(where.filter(ImageFilter.MaxFilter(3)), where)
@@ -49,20 +57,25 @@ def overlay(picture: np.ndarray, mask: np.ndarray, size: tuple[int, int] = (PANE
 
 
 def draw_points(panel: Image.Image, points: np.ndarray, labels: np.ndarray, frame: int) -> None:
-    """Marks points (n, 2), (x, y) in the frame: green where the label is 1, red where it is 0."""
+    """Marks points on `panel`: green where the label is 1, red where it is 0.
+
+    points: (n, 2), (x, y) in the square `frame` that the image was squashed to. labels: (n,).
+    """
     draw, radius = ImageDraw.Draw(panel), max(2, min(panel.size) // 50)
     for (x, y), label in zip(points * (np.array(panel.size) / frame), labels):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=FOREGROUND if label else BACKGROUND,
-                     outline=(255, 255, 255))
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(box, fill=FOREGROUND if label else BACKGROUND, outline=(255, 255, 255))
 
 
-def strip(name: str, target: str, picture: np.ndarray, truth: np.ndarray, masks: dict[str, np.ndarray],
-          prompts: dict[str, tuple[np.ndarray, np.ndarray]], frame: int) -> Image.Image:
+def strip(name: str, target: str, picture: np.ndarray, truth: np.ndarray,
+          masks: dict[str, np.ndarray], prompts: dict[str, tuple[np.ndarray, np.ndarray]],
+          frame: int) -> Image.Image:
     """One row: image, ground truth, then each of the masks under its caption.
 
-    name and target caption the first two panels: the image's name and the text that is asked for.
-    truth uint8 (H, W), 1 = foreground; masks caption -> bool (H, W); prompts caption -> points (n, 2) and labels (n,)
-    to be marked on that mask, in the frame.
+    name, target: the image's name and the text that is asked for, captions of the first two panels.
+    picture: uint8 (H, W, 3). truth: uint8 (H, W), 1 foreground. masks: {caption: bool (H, W)}.
+    prompts: {caption: (points (n, 2), labels (n,))}, to be marked on that mask, as in
+    `draw_points`.
     """
     panels = [(name, overlay(picture, np.zeros((1, 1), bool))),
               (f"ground truth: {target}", overlay(picture, truth == 1))]
@@ -79,7 +92,8 @@ def strip(name: str, target: str, picture: np.ndarray, truth: np.ndarray, masks:
 
 def save_strips(strips: list[Image.Image], path: Path) -> None:
     """The strips one under the other, as PNG."""
-    sheet = Image.new("RGB", (strips[0].width, sum(one.height + 6 for one in strips)), (255, 255, 255))
+    height = sum(one.height + 6 for one in strips)
+    sheet = Image.new("RGB", (strips[0].width, height), (255, 255, 255))
     top = 0
     for one in strips:
         sheet.paste(one, (0, top))

@@ -1,9 +1,10 @@
-"""Every table of the paper for one task, over several seeds, from one cache. What is there already is not run again.
+"""Every table of the paper for one task, over several seeds, from one cache.
 
     python -m common.results.tables TASK=demo_saliency SEEDS=0,1,2 FIGURE7=true
 
-An experiment is a run folder and constants of the numbered scripts, nothing else. This runs those that are missing and
-writes tables.md, tables.json and the plots of Table 5 and Figure 7 into runs/<TASK>.
+An experiment is a run folder and constants of the numbered scripts, nothing else. This runs those
+that are missing, and none twice. It writes tables.md, tables.json and the plots of Table 5 and
+Figure 7 into runs/<TASK>.
 """
 
 import json
@@ -22,63 +23,122 @@ matplotlib.use("Agg")  # files only, also where there is no screen
 import matplotlib.pyplot as plt
 
 from common.cache import Cache
-from common.results.paper import CLASSES, paper_figures, results_table, stand_ins
+from common.metrics import METRICS
+from common.results.outputs import flat
+from common.results.paper import (
+    CLASSES,
+    POOLED_NOTE,
+    beside_pooled,
+    paper_figures,
+    results_table,
+    stand_ins,
+)
 from common.runtime import files, script
 from common.runtime.errors import UserError
+from common.runtime.settings import require_same
 from common.tasks import get_task
 
 TASK = "demo_saliency"
 SEEDS = (0,)  # of training; three give the spread that the README states
-EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main, all rows of one training, is always run
+EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main is run in any case
 FIGURE7 = False  # also the sensitivity to T and E: six more trainings a seed
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
+_KNOWN = ("main", "plus", "branches", "iterations", "shots")
 _OTHER = {"implicit": "explicit", "explicit": "implicit"}
-_PLUS = ("RESIDUAL=0.5", "EVERY_TEXT=true")  # of stage 2: what makes AlignSAM+
+_PLUS = {"RESIDUAL": 0.5, "EVERY_TEXT": True}  # of stage 2: what makes AlignSAM+
 _SHOTS = (5, 20)  # Table 10, beside all 50
 _ROUNDS, _EPISODES = (5, 10, 20), (10, 25, 100)  # Figure 7, beside T = 15 and E = 50
-_QUICK = ("PICTURES=0", "GALLERY=0")
-_METRICS = ("mIoU", "F", "BER", "E", "MAE", "FR")
+_QUICK = {"PICTURES": 0, "GALLERY": 0}
 _ABLATIONS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")
-_ALL = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")  # of ROWS=all, those that a table names
+# of ROWS=all, those that a table names
+_NAMED = (*_ABLATIONS, "labels: CLIP Surgery", "labels: last mask", "PerSAM")
 _LABELS = {"RL + SRM": "AlignSAM", "RL + CLIP-Surgery map": "labels: CLIP Surgery",
-           "RL + last SAM mask": "labels: last mask", "RL only (all positive)": "w/o SRM"}  # Table 8's names
-_CONTENT = {"task": str, "sam": str, "clip": str, "branch": str, "samples": int, "rows": dict, "iou_per_round": dict,
-            "foreground_rate_attainable": float, "trained": dict, "rounds": int, "evaluation_seed": int,
-            "sample_actions": bool}
+           "RL + last SAM mask": "labels: last mask",
+           "RL only (all positive)": "w/o SRM"}  # Table 8's names
+_CONTENT = {"task": str, "sam": str, "clip": str, "branch": str, "samples": int, "rows": dict,
+            "iou_per_round": dict, "foreground_rate_attainable": float, "trained": dict,
+            "rounds": int, "evaluation_seed": int, "sample_actions": bool}
+_AGAIN = "delete it and run the same command again"
+
+Figure = tuple[float, float | None]  # mean over seeds, and deviation; None where there is one seed
+Runs = dict[str, dict[str, list[dict]]]  # {experiment: {column: its results, one a seed}}
 
 
 class Experiment(NamedTuple):
     """One training and its evaluation: a run folder, and constants of the numbered scripts."""
 
     suffix: str  # the folder is runs/<TASK>-seed<n> and this
-    evaluation: tuple[str, ...]  # of stage 4
-    agent: tuple[str, ...] | None = ()  # of stage 3; None: the folder's agent.pt is there already
-    srm: tuple[str, ...] | None = ()  # of stage 2; None: the main run's srm.pt is taken over
+    evaluation: dict[str, object]  # of stage 4
+    agent: dict[str, object] | None = {}  # of stage 3; None: the folder has its agent.pt already
+    srm: dict[str, object] | None = {}  # of stage 2; None: the main run's srm.pt is taken over
     results: str = "results.json"
 
 
+class Table(NamedTuple):
+    """One table of fractions."""
+
+    rows: dict[str, dict[str, Figure]]  # {row: {column: figure}}
+    paper: str | None = None  # its name in `paper_figures`; None: the paper prints nothing like it
+    note: str = ""  # a sentence below it
+
+
+# ---- experiments and their results
+
 def experiments(branch: str, shots: int) -> dict[str, dict[str, Experiment]]:
-    """{experiment: {column: what is run for it}}, for a task with this branch of the SRM and a cache of these shots."""
-    other = _OTHER[branch]
-    one_row = ("ROWS=AlignSAM", *_QUICK)
+    """{experiment: {column: what is run for it}}, for a task with this branch of the SRM.
+
+    shots: training samples in the cache.
+    """
+    other, one_row = _OTHER[branch], {"ROWS": ("AlignSAM",), **_QUICK}
+    twenty_rounds = {"ROWS": ("AlignSAM", "w/o RL", "w/o SRM"), "ROUNDS": 20, **_QUICK}
+    few_shots, rounds, episodes = {}, {}, {}
+    for few in _SHOTS:
+        if few < shots:
+            few_shots[str(few)] = Experiment(
+                f"-shots{few}", {"ROWS": ("AlignSAM", "PerSAM"), **_QUICK},
+                agent={"SHOTS": few}, srm={"SHOTS": few})
+    for number in _ROUNDS:
+        rounds[str(number)] = Experiment(f"-rounds{number}", {"ROUNDS": number, **one_row},
+                                         agent={"ROUNDS": number}, srm=None)
+    for number in _EPISODES:
+        episodes[str(number)] = Experiment(f"-episodes{number}", one_row,
+                                           agent={"EPISODES": number}, srm=None)
     return {
-        "main": {"": Experiment("", ("ROWS=all",))},
-        "plus": {"": Experiment("-plus", (f"ROWS={','.join(_ABLATIONS)}", *_QUICK), srm=_PLUS)},
-        "branches": {other: Experiment(f"-{other}", one_row, srm=(f"BRANCH={other}",))},
-        "iterations": {"": Experiment("", ("ROWS=AlignSAM,w/o RL,w/o SRM", "ROUNDS=20", *_QUICK), None, None,
-                                      "T20.json")},
-        "shots": {str(few): Experiment(f"-shots{few}", ("ROWS=AlignSAM,PerSAM", *_QUICK), (f"SHOTS={few}",),
-                                       (f"SHOTS={few}",)) for few in _SHOTS if few < shots},
-        "rounds": {str(rounds): Experiment(f"-rounds{rounds}", (f"ROUNDS={rounds}", *one_row), (f"ROUNDS={rounds}",),
-                                           None) for rounds in _ROUNDS},
-        "episodes": {str(episodes): Experiment(f"-episodes{episodes}", one_row, (f"EPISODES={episodes}",), None)
-                     for episodes in _EPISODES},
+        "main": {"": Experiment("", {"ROWS": ("all",)})},
+        "plus": {"": Experiment("-plus", {"ROWS": _ABLATIONS, **_QUICK}, srm=_PLUS)},
+        "branches": {other: Experiment(f"-{other}", one_row, srm={"BRANCH": other})},
+        "iterations": {"": Experiment("", twenty_rounds, None, None, "T20.json")},
+        "shots": few_shots,
+        "rounds": rounds,
+        "episodes": episodes,
     }
 
 
-def run_stages(task: str, seed: int, experiment: Experiment, features: str, like: dict | None = None) -> dict:
-    """Runs the stages of an experiment, unless its results are there; returns the results.
+def run_experiments(branch: str, features: str, shots: int) -> Runs:
+    """Runs main, EXPERIMENTS and perhaps Figure 7's, as far as they are missing.
+
+    features: the cache's identity. shots: training samples in it.
+    """
+    wanted = {"main", *EXPERIMENTS}
+    if FIGURE7:
+        wanted |= {"rounds", "episodes"}
+    runs, first = {}, None
+    for name, columns in experiments(branch, shots).items():
+        if name not in wanted:
+            continue
+        runs[name] = {column: [] for column in columns}
+        for column, experiment in columns.items():
+            for seed in SEEDS:
+                content = run_stages(TASK, seed, experiment, features, first)
+                runs[name][column].append(content)
+                first = first or content
+    return runs
+
+
+def run_stages(task: str, seed: int, experiment: Experiment, features: str,
+               like: dict | None = None) -> dict:
+    """Runs the stages of an experiment, unless its results are there. Returns the results.
 
     features: the cache's identity. like: results of the task's first main run; see `require_asked`.
     """
@@ -86,25 +146,43 @@ def run_stages(task: str, seed: int, experiment: Experiment, features: str, like
     folder = main.with_name(main.name + experiment.suffix)
     path = folder / experiment.results
     if not path.exists():
-        same = [f"TASK={task}", f"RUN_DIR={folder}", f"FEATURES=runs/{task}/features.h5", f"DEVICE={DEVICE}",
-                f"SEED={seed}"]
+        same = {"TASK": task, "RUN_DIR": folder, "FEATURES": f"runs/{task}/features.h5",
+                "DEVICE": DEVICE, "SEED": seed}
         print(f"\n{folder}", flush=True)
         if experiment.srm is not None:
-            run_script("02_train_srm.py", *same, *experiment.srm)
+            run_script("02_train_srm.py", *arguments(same | experiment.srm))
         elif not (folder / "srm.pt").exists():
-            files.write_atomic(folder / "srm.pt", lambda temporary: shutil.copy(main / "srm.pt", temporary))
+            files.write_atomic(folder / "srm.pt",
+                               lambda temporary: shutil.copy(main / "srm.pt", temporary))
         if experiment.agent is not None:
-            run_script("03_train_agent.py", *same, *experiment.agent)
-        run_script("04_evaluate.py", *same, f"RESULTS={experiment.results}", *experiment.evaluation)
-    rows = values_of(experiment.evaluation)["rows"]
-    content = read_results(path, task, _ALL if rows == "all" else tuple(rows.split(",")))
+            run_script("03_train_agent.py", *arguments(same | experiment.agent))
+        evaluation = {"RESULTS": experiment.results, **experiment.evaluation}
+        run_script("04_evaluate.py", *arguments(same | evaluation))
+    rows = experiment.evaluation["ROWS"]
+    content = read_results(path, task, _NAMED if rows == ("all",) else rows)
     require_asked(path, content, experiment, seed, features, like or content)
     return content
 
 
-def values_of(constants: tuple[str, ...] | None) -> dict[str, str]:
-    """{"NAME=value"} as {name: value}, names in lower case as results hold them."""
-    return {name.lower(): value for name, value in (constant.split("=", 1) for constant in constants or ())}
+def arguments(constants: dict[str, object]) -> list[str]:
+    """{name: value} as the command line takes it: NAME=value, a tuple's values joined by commas."""
+    given = []
+    for name, value in constants.items():
+        if isinstance(value, tuple):
+            value = ",".join(value)
+        elif isinstance(value, bool):
+            value = str(value).lower()
+        given.append(f"{name}={value}")
+    return given
+
+
+def run_script(script: str, *constants: str) -> None:
+    """Raises UserError where it fails; it has said why itself."""
+    path = Path(__file__).parents[2] / script
+    environment = os.environ | {"PYTHONPATH": str(path.parent)}
+    done = subprocess.run([sys.executable, str(path), *constants], env=environment)
+    if done.returncode:
+        raise UserError(f"{script} stopped; mend what it says above and run the same command again")
 
 
 def look_into_cache(task: str) -> tuple[str, int, tuple[str, ...]]:
@@ -113,87 +191,229 @@ def look_into_cache(task: str) -> tuple[str, int, tuple[str, ...]]:
     return cache.identity(), len(cache.samples("train")), cache.texts
 
 
-def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, features: str, like: dict) -> None:
-    """Raises UserError where the results at `path` are of another cache or of other constants than `experiment` has.
+def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, features: str,
+                  like: dict) -> None:
+    """Raises UserError where the results at `path` are of another cache or of other constants.
 
-    What the experiment does not name must be as in the results `like`: a table is of one recipe, though the constants
-    at the top of the scripts may be edited, and scripts run by hand, between one run and the next.
+    content: these results. What the experiment does not name must be as in the results `like`: a
+    table is of one recipe, though the constants at the top of the scripts may be edited, and
+    scripts run by hand, between one run and the next.
     """
-    asked = values_of(experiment.srm) | values_of(experiment.agent) | {"seed": seed, "features": features}
-    follows = {"srm"} | ({"srm_steps"} if "branch" in asked else set())  # from the seed and the branch
-    training = {name: value for name, value in like["trained"].items() if name not in follows} | asked
-    evaluation = {name: like[name] for name in ("rounds", "sample_actions")} | {"evaluation_seed": seed}
-    evaluation |= {name: value for name, value in values_of(experiment.evaluation).items() if name == "rounds"}
-    for stored, wanted in ((content["trained"], training), (content, evaluation)):
-        for name, value in wanted.items():
-            if str(stored.get(name)).lower() != str(value).lower():
-                other = f"{name.upper()}={stored.get(name)}, not {value}"
-                if name == "features":
-                    other = "another features.h5 than the one there is now"
-                raise UserError(f"{path} comes from a run with {other}: move {path.parent} away, or delete "
-                                         "it, and run the same command again")
+    asked = {"seed": seed, "features": features}
+    for constants in (experiment.srm, experiment.agent):
+        asked |= {name.lower(): value for name, value in (constants or {}).items()}
+    follows = {"srm"}  # from the seed
+    if "branch" in asked:
+        follows.add("srm_steps")  # from the branch
+    training = {name: value for name, value in like["trained"].items() if name not in follows}
+    evaluation = {"rounds": experiment.evaluation.get("ROUNDS", like["rounds"]),
+                  "sample_actions": like["sample_actions"], "evaluation_seed": seed}
+    mend = f"move {path.parent} away, or delete it, and run the same command again"
+    require_same(path, content["trained"], training | asked, mend=mend)
+    require_same(path, content, evaluation, mend=mend)
 
 
 def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
-    """What stage 4 wrote to `path`. Raises UserError where it is damaged, of another task, or lacks one of `rows`."""
+    """What stage 4 wrote to `path`.
+
+    Raises UserError where it is damaged, of an earlier format, of another task, or lacks one of
+    `rows`.
+    """
     try:
         content = json.loads(path.read_text())
         for name, kind in _CONTENT.items():
             if not isinstance(content[name], kind):
                 raise ValueError(f"{name} is no {kind.__name__}")
-        metrics = [content["rows"][row][name] for row in content["rows"] for name in _METRICS if name != "FR"]
-        metrics += [score["FR"] for score in content["rows"].values() if "FR" in score]
-        metrics += [scores["mIoU"] for row in content["rows"].values() for scores in row.get("per_class", {}).values()]
-        metrics += [value for row in content["rows"] for value in content["iou_per_round"][row]]
-        if not all(map(math.isfinite, [*metrics, content["foreground_rate_attainable"]])):
-            raise ValueError("a figure is not finite")
-        classes = content["rows"]["AlignSAM"].get("per_class", ())
-        rounds = [content["iou_per_round"]["AlignSAM"]]
-        rounds += [content["iou_per_round_per_class"]["AlignSAM"][label] for label in classes]
-        if any(len(values) != content["rounds"] + 1 or not all(map(math.isfinite, values)) for values in rounds):
-            raise ValueError("AlignSAM's rounds are not as many as it says, or not finite")
+        outdated = lacks_pooled(content)
+        if not outdated:
+            check_figures(content)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or was not written by 04_evaluate.py ({type(error).__name__}: "
-                                 f"{error}): delete it and run the same command again") from error
+        raise UserError(f"{path} is damaged or was not written by 04_evaluate.py "
+                        f"({type(error).__name__}: {error}): {_AGAIN}") from error
+    if outdated:
+        raise UserError(f"{path} is from before results held pooled IoU and BER: {_AGAIN}")
     if content["task"] != task:
-        raise UserError(f"{path} holds results of {content['task']}, not {task}: move it away and run the "
-                                 "same command again")
+        raise UserError(f"{path} holds results of {content['task']}, not {task}: move it away and "
+                        "run the same command again")
     if missing := [row for row in rows if row not in content["rows"]]:
-        raise UserError(f"{path} lacks the row {missing[0]}: delete it and run the same command again")
+        raise UserError(f"{path} lacks the row {missing[0]}: {_AGAIN}")
     return content
 
 
-def run_script(script: str, *constants: str) -> None:
-    """Raises UserError where it fails; it has said why itself."""
-    script = str(Path(__file__).parents[2] / script)
-    environment = os.environ | {"PYTHONPATH": str(Path(script).parent)}
-    if subprocess.run([sys.executable, script, *constants], env=environment).returncode:
-        raise UserError(f"{Path(script).name} stopped; mend what it says above and run the same command again")
+def lacks_pooled(content: dict) -> bool:
+    """Whether a row, or a class of it, has no pooled metrics: earlier versions wrote none."""
+    scores = list(content["rows"].values())
+    for row in content["rows"].values():
+        scores += row.get("per_class", {}).values()
+    return any("pooled" not in each for each in scores)
 
 
-def pooled(runs: list[dict]) -> dict[str, dict]:
-    """{row: {metric: (mean, deviation over seeds or None)}} of several results files, metrics as fractions."""
-    return {row: {name: spread([run["rows"][row][name] for run in runs]) for name in _METRICS if name in first}
-            for row, first in runs[0]["rows"].items()}
+def check_figures(content: dict) -> None:
+    """Raises LookupError, TypeError, AttributeError or ValueError unless all figures are there."""
+    figures = [content["foreground_rate_attainable"]]
+    for row, scores in content["rows"].items():
+        figures += [scores[name] for name in METRICS.values()]
+        figures += [scores["pooled"][name] for name in ("IoU", "BER")]
+        if "FR" in scores:
+            figures.append(scores["FR"])
+        for its in scores.get("per_class", {}).values():
+            figures += [its["mIoU"], its["pooled"]["IoU"]]
+        figures += content["iou_per_round"][row]
+    after_rounds = [content["iou_per_round"]["AlignSAM"]]
+    for label in content["rows"]["AlignSAM"].get("per_class", ()):
+        after_rounds.append(content["iou_per_round_per_class"]["AlignSAM"][label])
+        figures += after_rounds[-1]
+    if not all(map(math.isfinite, figures)):
+        raise ValueError("a figure is not finite")
+    if any(len(values) != content["rounds"] + 1 for values in after_rounds):
+        raise ValueError("AlignSAM's rounds are not as many as it says")
 
 
-def spread(values: list[float]) -> tuple[float, float | None]:
+# ---- figures over seeds; `runs` are the results of one experiment, one a seed
+
+def spread(values: list[float]) -> Figure:
     return mean(values), stdev(values) if len(values) > 1 else None
 
 
-def rounds_of(runs: dict[str, dict[str, list[dict]]]) -> dict[str, list[tuple[float, float | None]]]:
-    """{row: mean and spread of mIoU after each round} of the runs with 20 rounds."""
-    results = runs["iterations"][""]
-    return {row: [spread(list(values)) for values in zip(*(run["iou_per_round"][row] for run in results))]
-            for row in results[0]["rows"]}
+def over_seeds(runs: list[dict]) -> dict[str, dict[str, Figure]]:
+    """{row: {metric: figure}}, with pooled metrics as columns of their own."""
+    table = {}
+    for row in runs[0]["rows"]:
+        scores = [flat(run["rows"][row]) for run in runs]
+        table[row] = {name: spread([score[name] for score in scores]) for name in scores[0]}
+    return table
 
 
-def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str, title: str) -> None:
-    """Mean and spread of mIoU in percent over x, one line a name, as PNG."""
+def class_ious(runs: list[dict], row: str, labels: list[str]) -> dict[str, Figure]:
+    """{class: IoU, a mean over its images} of a row and of these classes."""
+    per_class = [run["rows"][row].get("per_class", {}) for run in runs]
+    return {label: spread([scores[label]["mIoU"] for scores in per_class]) for label in labels}
+
+
+def pooled_class_ious(runs: list[dict], row: str) -> dict[str, Figure]:
+    """{class: IoU over all pixels of its images} of a row, and before them their mean, "mIoU"."""
+    ious = []
+    for run in runs:
+        per_class = run["rows"][row]["per_class"]
+        pooled = {label: scores["pooled"]["IoU"] for label, scores in per_class.items()}
+        ious.append({"mIoU": mean(pooled.values())} | pooled)
+    return {name: spread([its[name] for its in ious]) for name in ious[0]}
+
+
+def rounds_of(runs: list[dict]) -> dict[str, list[Figure]]:
+    """{row: mIoU after each round, M_0 first}."""
+    lines = {}
+    for row in runs[0]["rows"]:
+        after_rounds = zip(*(run["iou_per_round"][row] for run in runs))
+        lines[row] = [spread(list(values)) for values in after_rounds]
+    return lines
+
+
+def rounds_of_classes(runs: list[dict]) -> dict[str, list[Figure]]:
+    """{class: AlignSAM's IoU after each round, M_0 first}."""
+    per_class = [run["iou_per_round_per_class"]["AlignSAM"] for run in runs]
+    lines = {}
+    for label in runs[0]["rows"]["AlignSAM"]["per_class"]:
+        after_rounds = zip(*(ious[label] for ious in per_class))
+        lines[label] = [spread(list(values)) for values in after_rounds]
+    return lines
+
+
+# ---- tables
+
+def paper_tables(runs: Runs, branch: str) -> dict[str, Table]:
+    """{title: table} of all experiments there are. branch: the task's branch of the SRM."""
+    return main_tables(runs["main"][""]) | experiment_tables(runs, branch)
+
+
+def main_tables(base: list[dict]) -> dict[str, Table]:
+    """The tables of the main runs alone: 2, 3, 8, 9, and the baselines."""
+    rows = over_seeds(base)
+    labels = list(base[0]["rows"]["AlignSAM"].get("per_class", ()))
+    baselines = {row: scores for row, scores in rows.items()
+                 if row == "AlignSAM" or row not in _ABLATIONS}
+    tables = {"Tables 2 and 3: the method and its ablations": Table(
+        {row: rows[row] for row in _ABLATIONS}, "rows", POOLED_NOTE)}
+    if labels:
+        tables["Table 3: IoU per class"] = Table(
+            {row: class_ious(base, row, labels) for row in _ABLATIONS}, "classes")
+        tables["Table 3: IoU per class, pooled over images (VOC's own way of counting)"] = Table(
+            {row: pooled_class_ious(base, row) for row in _ABLATIONS}, "classes", POOLED_NOTE)
+    tables["Baselines and bounds"] = Table(baselines, note=POOLED_NOTE)
+
+    sources, printed = {}, [label for label in labels if label in CLASSES]
+    for name, row in _LABELS.items():
+        sources[name] = {"mIoU": rows[row]["mIoU"]} | class_ious(base, row, printed)
+    tables["Table 8: source of the labels"] = Table(sources, "labels")
+
+    rates = {}
+    for name, row in (("AlignSAM", "AlignSAM"), ("random", "w/o RL")):
+        rates[name] = {metric: rows[row][metric] for metric in ("FR", "mIoU", "E")}
+    rates["attainable"] = {"FR": spread([run["foreground_rate_attainable"] for run in base])}
+    tables["Table 9: foreground rate"] = Table(rates, "foreground rate")
+    return tables
+
+
+def experiment_tables(runs: Runs, branch: str) -> dict[str, Table]:
+    """The tables for which more was run: AlignSAM+, Tables 4, 5 and 10, Figure 7."""
+    base, tables = runs["main"][""], {}
+    main, trained = over_seeds(base)["AlignSAM"], base[0]["trained"]
+    if "plus" in runs:
+        rows = {"AlignSAM": main}
+        for row, scores in over_seeds(runs["plus"][""]).items():
+            rows["AlignSAM+" if row == "AlignSAM" else f"AlignSAM+ {row}"] = scores
+        title = f"AlignSAM+ ({' '.join(arguments(_PLUS))} in stage 2)"
+        tables[title] = Table(rows)
+    if "branches" in runs:
+        other = over_seeds(runs["branches"][_OTHER[branch]])["AlignSAM"]
+        branches = {branch: main, _OTHER[branch]: other}
+        tables["Table 4: branch of the SRM"] = Table(
+            {name: branches[name] for name in ("implicit", "explicit")}, "branches", POOLED_NOTE)
+    if "iterations" in runs:
+        results = runs["iterations"][""]
+        title = f"Table 5: IoU after each round (trained with T = {trained['rounds']})"
+        tables[title] = Table(at_rounds(rounds_of(results), (0, 1, 2, 3, 5, 10, 15, 20)))
+        if "per_class" in base[0]["rows"]["AlignSAM"]:
+            tables["Table 5: IoU of each class after each round, AlignSAM"] = Table(
+                at_rounds(rounds_of_classes(results), (1, 5, 10, 15, 20)), "iterations")
+    if "shots" in runs:
+        tables["Table 10: labelled images, mIoU"] = Table(
+            by_column(runs, "shots", "all", ("AlignSAM", "PerSAM")), "shots")
+    for name in ("rounds", "episodes"):
+        if name in runs:
+            tables[f"Figure 7: {name}, mIoU"] = Table(by_column(runs, name, str(trained[name])))
+    return tables
+
+
+def at_rounds(lines: dict[str, list[Figure]],
+              numbers: tuple[int, ...]) -> dict[str, dict[str, Figure]]:
+    """{row: {round: figure}} of these rounds, of {row: figure after each round}."""
+    return {row: {str(number): values[number] for number in numbers}
+            for row, values in lines.items()}
+
+
+def by_column(runs: Runs, experiment: str, standard: str,
+              rows: tuple[str, ...] = ("AlignSAM",)) -> dict[str, dict[str, Figure]]:
+    """{row: {column: mIoU}} of an experiment and of the main runs, which are column `standard`.
+
+    Columns that are numbers come in their order, before others.
+    """
+    columns = {standard: over_seeds(runs["main"][""])}
+    for column, results in runs[experiment].items():
+        columns[column] = over_seeds(results)
+    order = sorted(columns, key=lambda column: int(column) if column.isdigit() else math.inf)
+    return {row: {column: columns[column][row]["mIoU"] for column in order} for row in rows}
+
+
+# ---- files
+
+def plot(path: Path, lines: dict[str, dict[int, Figure]], x_name: str, title: str) -> None:
+    """Mean and spread of mIoU in percent over x, one line a row, as PNG."""
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for name, values in lines.items():
-        axis.errorbar(list(values), [100 * value for value, _ in values.values()],
-                      [100 * (deviation or 0) for _, deviation in values.values()], marker=".", capsize=2, label=name)
+    for row, values in lines.items():
+        heights = [100 * value for value, _ in values.values()]
+        bars = [100 * (deviation or 0) for _, deviation in values.values()]
+        axis.errorbar(list(values), heights, bars, marker=".", capsize=2, label=row)
     axis.set(xlabel=x_name, ylabel="mIoU (%)")
     axis.set_title(title, fontsize=8)
     axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half a round
@@ -203,106 +423,71 @@ def plot(path: Path, lines: dict[str, dict[int, tuple]], x_name: str, title: str
     plt.close(figure)
 
 
-def paper_tables(runs: dict[str, dict[str, list[dict]]], branch: str) -> dict[str, tuple[dict, str | None]]:
-    """{title: (table, its key in the paper's tables)} of {experiment: {column: its results, one a seed}}."""
-    base = runs["main"][""]
-    rows, trained = pooled(base), base[0]["trained"]
-
-    def by_column(experiment: str, standard: str, names: tuple[str, ...] = ("AlignSAM",)) -> dict[str, dict]:
-        """{row: {column: mIoU}} of an experiment and of the main runs, which are its column `standard`."""
-        columns = {standard: rows} | {column: pooled(results) for column, results in runs[experiment].items()}
-        order = sorted(columns, key=lambda column: int(column) if column.isdigit() else math.inf)
-        return {name: {column: columns[column][name]["mIoU"] for column in order} for name in names}
-
-    def per_class(row: str, label: str) -> tuple[float, float | None]:
-        return spread([run["rows"][row]["per_class"][label]["mIoU"] for run in base])
-
-    classes = list(base[0]["rows"]["AlignSAM"].get("per_class", ()))
-    printed = [label for label in classes if label in CLASSES]
-    tables = {"Tables 2 and 3: the method and its ablations": ({row: rows[row] for row in _ABLATIONS}, "rows")}
-    if classes:
-        tables["Table 3: IoU per class"] = (
-            {row: {label: per_class(row, label) for label in classes} for row in _ABLATIONS}, "classes")
-    tables["Baselines and bounds"] = (
-        {row: rows[row] for row in rows if row == "AlignSAM" or row not in _ABLATIONS}, None)
-    tables["Table 8: source of the labels"] = (
-        {name: {"mIoU": rows[row]["mIoU"]} | {label: per_class(row, label) for label in printed}
-         for name, row in _LABELS.items()}, "labels")
-    tables["Table 9: foreground rate"] = (
-        {name: {metric: rows[row][metric] for metric in ("FR", "mIoU", "E")}
-         for name, row in (("AlignSAM", "AlignSAM"), ("random", "w/o RL"))}
-        | {"attainable": {"FR": spread([run["foreground_rate_attainable"] for run in base])}}, "foreground rate")
-    if "plus" in runs:
-        plus = {f"AlignSAM+ {row}".removesuffix(" AlignSAM"): scores
-                for row, scores in pooled(runs["plus"][""]).items()}
-        tables[f"AlignSAM+ ({' '.join(_PLUS)} in stage 2)"] = ({"AlignSAM": rows["AlignSAM"]} | plus, None)
-    if "branches" in runs:
-        branches = {branch: rows["AlignSAM"], _OTHER[branch]: pooled(runs["branches"][_OTHER[branch]])["AlignSAM"]}
-        tables["Table 4: branch of the SRM"] = ({name: branches[name] for name in ("implicit", "explicit")}, "branches")
+def write_plots(out: Path, runs: Runs, tables: dict[str, Table], title: str) -> None:
+    """iterations.png and figure7_*.png, of those experiments there are."""
     if "iterations" in runs:
-        tables[f"Table 5: IoU after each round (trained with T = {trained['rounds']})"] = (
-            {row: {str(number): values[number] for number in (0, 1, 2, 3, 5, 10, 15, 20)}
-             for row, values in rounds_of(runs).items()}, None)
-        if classes:
-            tables["Table 5: IoU of each class after each round, AlignSAM"] = (
-                {label: {str(number): spread([run["iou_per_round_per_class"]["AlignSAM"][label][number]
-                                              for run in runs["iterations"][""]]) for number in (1, 5, 10, 15, 20)}
-                 for label in classes}, "iterations")
-    if "shots" in runs:
-        tables["Table 10: labelled images, mIoU"] = (by_column("shots", "all", ("AlignSAM", "PerSAM")), "shots")
-    if "rounds" in runs:
-        tables["Figure 7: rounds, mIoU"] = (by_column("rounds", str(trained["rounds"])), None)
-        tables["Figure 7: episodes, mIoU"] = (by_column("episodes", str(trained["episodes"])), None)
-    return tables
+        lines = rounds_of(runs["iterations"][""])
+        after_rounds = {row: dict(enumerate(values)) for row, values in lines.items()}
+        plot(out / "iterations.png", after_rounds, "round", title)
+    for name in ("rounds", "episodes"):
+        if name in runs:
+            rows = tables[f"Figure 7: {name}, mIoU"].rows
+            lines = {row: {int(column): value for column, value in values.items()}
+                     for row, values in rows.items()}
+            plot(out / f"figure7_{name}.png", lines, name, title)
+
+
+def markdown(first: dict, models: str, tables: dict[str, Table], comparable: bool) -> str:
+    """tables.md.
+
+    first: results of the first main run. comparable: whether the paper's figures stand beside ours.
+    """
+    seeds = ", ".join(map(str, SEEDS))
+    settings = [f"{name.upper()}={value}" for name, value in first["trained"].items()
+                if name not in ("task", "seed", "features", "srm")]
+    parts = [f"# {TASK}", f"{models}, {first['branch']} branch, {first['samples']} test samples, "
+             f"seeds {seeds}. Percent, MAE a fraction; mean ± deviation over seeds.",
+             f"Main runs: {', '.join(settings)}."]
+    paper_task = get_task(TASK, "-").paper
+    for title, table in tables.items():
+        paper = None
+        if comparable and table.paper and paper_task:
+            paper = paper_figures(table.paper, paper_task)
+        if paper and paper_task != "voc":  # VOC's mIoU is of classes: the table per class pools it
+            paper = beside_pooled(paper)
+        parts.append(f"## {title}\n\n{results_table(table.rows, paper)}")
+        if table.note:
+            parts[-1] += f"\n{table.note}\n"
+    return "\n\n".join(parts)
 
 
 def main() -> None:
-    if unknown := set(EXPERIMENTS) - {"main", "plus", "branches", "iterations", "shots"}:
-        raise UserError(
-            f"EXPERIMENTS names {unknown.pop()!r}: choose among main, plus, branches, iterations, shots")
+    if unknown := [name for name in EXPERIMENTS if name not in _KNOWN]:
+        raise UserError(f"EXPERIMENTS names {unknown[0]!r}: choose among {', '.join(_KNOWN)}")
     task, out = get_task(TASK, "-"), Path("runs") / TASK
     if TASK.startswith("demo_"):  # ends at once where the cache is whole
-        run_script("01_cache_features.py", f"TASK={TASK}", f"DEVICE={DEVICE}")
+        run_script("01_cache_features.py", *arguments({"TASK": TASK, "DEVICE": DEVICE}))
     elif not (out / "features.h5").exists():
-        raise UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py TASK={TASK} first, "
-                                 "with your SAM, CLIP and DATA_DIR")
+        raise UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py "
+                        f"TASK={TASK} first, with your SAM, CLIP and DATA_DIR")
 
     features, shots, texts = look_into_cache(TASK)
-    wanted = {"main", *EXPERIMENTS, *(("rounds", "episodes") if FIGURE7 else ())}
-    runs, first = {}, None
-    for name, columns in experiments(task.branch, shots).items():
-        if name in wanted:
-            runs[name] = {}
-            for column, experiment in columns.items():
-                runs[name][column] = []
-                for seed in SEEDS:
-                    runs[name][column].append(run_stages(TASK, seed, experiment, features, first))
-                    first = first or runs[name][column][0]
-
-    models = f"SAM {first['sam']}, CLIP {first['clip']}{stand_ins(first['sam'], first['clip'])}"
-    comparable = not stand_ins(first["sam"], first["clip"]) and texts == task.texts  # PROMPT may ask something else
-    text = [f"# {TASK}", f"{models}, {first['branch']} branch, {first['samples']} test samples, seeds "
-            f"{', '.join(map(str, SEEDS))}. Percent, MAE a fraction; mean ± deviation over seeds.",
-            "Main runs: " + ", ".join(f"{name.upper()}={value}" for name, value in first["trained"].items()
-                                      if name not in ("task", "seed", "features", "srm")) + "."]
+    runs = run_experiments(task.branch, features, shots)
     tables = paper_tables(runs, task.branch)
-    for title, (table, paper) in tables.items():
-        figures = paper_figures(paper, task.paper) if comparable and paper and task.paper else None
-        text.append(f"## {title}\n\n" + results_table(table, figures))
+    first = runs["main"][""][0]
+    own_models = stand_ins(first["sam"], first["clip"])
+    models = f"SAM {first['sam']}, CLIP {first['clip']}{own_models}"
+    comparable = not own_models and texts == task.texts  # PROMPT may ask something else
 
-    if "iterations" in runs:
-        plot(out / "iterations.png", {row: dict(enumerate(values)) for row, values in rounds_of(runs).items()}, "round",
-             f"{TASK}, {models}")
-    for name in ("rounds", "episodes") if FIGURE7 else ():
-        table = tables[f"Figure 7: {name}, mIoU"][0]
-        plot(out / f"figure7_{name}.png",
-             {row: {int(value): figure for value, figure in figures.items()} for row, figures in table.items()}, name,
-             f"{TASK}, {models}")
-    files.write_atomic(out / "tables.md", lambda temporary: temporary.write_text("\n\n".join(text)))
-    content = {"task": TASK, "models": models, "seeds": SEEDS, "units": "[mean, deviation over seeds], fractions",
-               "tables": {title: table for title, (table, _) in tables.items()}}
-    files.write_atomic(out / "tables.json", lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
-    print("\n\n".join(text) + f"\nwrote {out / 'tables.md'}, {out / 'tables.json'}")
+    write_plots(out, runs, tables, f"{TASK}, {models}")
+    text = markdown(first, models, tables, comparable)
+    files.write_atomic(out / "tables.md", lambda temporary: temporary.write_text(text))
+    content = {"task": TASK, "models": models, "seeds": SEEDS,
+               "units": "[mean, deviation over seeds], fractions",
+               "tables": {title: table.rows for title, table in tables.items()}}
+    files.write_atomic(out / "tables.json",
+                       lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    print(f"{text}\nwrote {out / 'tables.md'}, {out / 'tables.json'}")
 
 
 if __name__ == "__main__":
