@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.datasets import IGNORE
 from common.episode import Episode, random_pixels
 from common.results.pictures import plot_curves
 from common.runtime import checkpoint, files, script, settings
@@ -144,7 +145,7 @@ def main() -> None:
         # a batch of samples, prompted into some state; ignored patches are never prompted
         rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH]
         episode = new_episode(shots.embeddings[rows], shots.maps[rows],
-                              allowed=shots.truth_centres[rows] != 255)
+                              allowed=shots.truth_centres[rows] != IGNORE)
         label_maps = [shots.label_maps[row] for row in rows]
         reach_state(draw_kind(generator), episode, srm, label_maps, generator)
 

@@ -26,6 +26,7 @@ from common.agent import (
     returns,
 )
 from common.cache import TrainingSet
+from common.datasets import IGNORE
 from common.episode import Episode, random_pixels
 from common.metrics import grid_iou
 from common.results.pictures import plot_curves
@@ -142,7 +143,7 @@ def main() -> None:
     numbers = range(len(log) + 1, EPISODES + 1)
     for number in tqdm(numbers, "training the agent", initial=len(log), total=EPISODES):
         started = time.time()
-        allowed = shots.truth_centres != 255  # patches on ignored pixels are never chosen
+        allowed = shots.truth_centres != IGNORE  # patches on ignored pixels are never chosen
         episode = Episode(prompter, shots.embeddings, shots.maps, run.centres, allowed, residual)
         rollout, srm_log = roll_out(learner, episode, shots, made_with, generator)
 
