@@ -104,8 +104,7 @@ def main() -> None:
     if not 0 < GAMMA < 1:
         raise UserError(f"GAMMA={GAMMA} is no discount: set it between 0 and 1")
     run = open_run(globals())
-    shots = run.cache.training_set(SHOTS, ROUNDS, run.device)
-    identity = run.cache.identity()
+    shots, identity = run.cache.training_set(SHOTS, ROUNDS, run.device), run.cache.identity()
 
     # stage 2's SRM goes on learning here; srm.pt itself stays as it is
     srm_path = run.folder / "srm.pt"
