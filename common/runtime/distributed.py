@@ -54,7 +54,7 @@ def own(device: torch.device) -> torch.device:
         return device
     if device.index is None:
         gpus = torch.cuda.device_count()
-        if RANK >= gpus:
+        if gpus <= RANK:
             raise UserError(f"torchrun started {SIZE} processes for {gpus} GPUs: give it "
                             f"--nproc_per_node={gpus}, or let them share one by DEVICE=cuda:0")
         device = torch.device("cuda", RANK)
