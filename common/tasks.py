@@ -50,8 +50,8 @@ def _demo(name: str, title: str, dataset: str, branch: str, *texts: str) -> Task
     return Task(name, f"{title} (drawn demo)", dataset, texts, branch, None)
 
 
-# The paper's five tasks have the paper's texts and branches (section 4 and Table 4). Each drawn demo
-# task has the layout and the branch of the one it mimics.
+# The paper's five tasks have the paper's texts and branches (section 4 and Table 4). Each drawn
+# demo task has the layout and the branch of the one it mimics.
 TASKS = (
     _paper("cuhk", "Defocus blur (CUHK)", "implicit", ("defocus background",),
            "http://www.cse.cuhk.edu.hk/leojia/projects/dblurdetect/dataset.html"),
