@@ -1,4 +1,7 @@
-"""Mask metrics of one image and their averages, through the field's reference code, PySODMetrics."""
+"""Mask metrics of one image and their averages over images.
+
+The formulas are those of PySODMetrics, the field's reference code.
+"""
 
 from statistics import fmean
 from typing import NamedTuple
@@ -16,9 +19,11 @@ from py_sod_metrics import (
 )
 from torch import Tensor
 
+from common.datasets import IGNORE
 from common.runtime.errors import UserError
 
-METRICS = {"IoU": "mIoU", "F": "F", "BER": "BER", "E": "E", "MAE": "MAE"}  # one image: many
+# What a metric is called of one image: what its mean over images is called.
+METRICS = {"IoU": "mIoU", "F": "F", "BER": "BER", "E": "E", "MAE": "MAE"}
 
 iou = IOUHandler(False, False)
 f_measure = FmeasureHandler(False, False, beta=0.3)  # its beta is the field's beta squared
@@ -31,22 +36,24 @@ true_negative_rate = TNRHandler(False, False)
 def evaluate_mask(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """IoU, F (beta^2 = 0.3), BER, E-measure and MAE of one binary mask, as fractions in 0..1.
 
-    prediction: (H, W) bool. truth: (H, W) uint8, 1 foreground, 0 background, 255 ignored: those pixels are
-    dropped from every metric, as if the image did not have them.
+    prediction: (H, W) bool. truth: (H, W) uint8, 1 foreground, 0 background, 255 ignored: those
+    pixels are dropped from every metric, as if the image did not have them.
 
-    Every metric here is a function of the four counts TP, FP, TN, FN, so the pixels are counted once and
-    given to the library's own formulas. Its `step()` would also sweep 256 thresholds, where a binary mask
-    has one: 4 ms against 0.3 on a 400x300 mask, for the same numbers (E is its `curve[128]`).
+    Every metric here is a function of the four counts TP, FP, TN, FN. So the pixels are counted
+    once, and the library's own formulas are applied to the counts. Its `step()` gives the same
+    numbers (E is its `curve[128]`), but it also sweeps 256 thresholds where a binary mask has one,
+    and takes 4 ms instead of 0.3 on a 400x300 mask.
 
-    Edge cases: empty mask on empty truth has IoU = F = 1 (the library says 0). BER is the mean of the two
-    error rates; where truth has no foreground, or no background, one is undefined and BER is the other.
-    E of a perfect mask is n / (n - 1) for n pixels, as in the published code, so a hair above 1.
+    Edge cases: an empty mask on empty truth has IoU = F = 1 (the library says 0). BER is the mean
+    of the two error rates; where truth has no foreground, or no background, one of them is
+    undefined and BER is the other. E of a perfect mask is n / (n - 1) for n pixels, as in the
+    published code, so slightly above 1.
 
-    Raises UserError where every pixel is ignored, ValueError where the arrays do not fit the above.
+    Raises UserError if every pixel is ignored, ValueError if the arrays are not as described.
     """
     if prediction.dtype != bool or prediction.shape != truth.shape:
         raise ValueError(f"{prediction.dtype} mask {prediction.shape} for truth {truth.shape}")
-    valid = truth != 255
+    valid = truth != IGNORE
     prediction, truth = prediction[valid], truth[valid]  # (n,)
     if not truth.size:
         raise UserError("a ground-truth mask holds nothing but 255 (ignore): leave that image out")
@@ -74,76 +81,86 @@ def evaluate_mask(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 
 def overlap(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """The IoU of `evaluate_mask` alone, for the rounds before the last: E-measure's share of the time is not needed."""
-    known = truth != 255
-    truth = truth == 1
-    union = np.count_nonzero((prediction & known) | truth)
-    return np.count_nonzero(prediction & truth) / union if union else 1.0
+    """The IoU of `evaluate_mask` alone, which is much faster; for the rounds before the last."""
+    known = truth != IGNORE
+    foreground = truth == 1
+    union = np.count_nonzero((prediction & known) | foreground)
+    return np.count_nonzero(prediction & foreground) / union if union else 1.0
 
 
 def grid_iou(mask: Tensor, truth: Tensor) -> float:
-    """Mean IoU of masks (B, h, w), foreground above 0.5, with y on the grid.
+    """Mean IoU over the batch of masks (B, h, w), foreground above 0.5, on the cells of the grid.
 
-    truth (B, h, w): foreground share of each cell, or -1 where there is no truth, which does not
-    count.
+    truth: (B, h, w), the share of foreground in each cell, also foreground above 0.5. Cells without
+    a truth are -1 and do not count.
     """
-    mask, foreground = (mask > 0.5) & (truth >= 0), truth > 0.5
-    union = (mask | foreground).sum((1, 2)).clamp(min=1)
-    return ((mask & foreground).sum((1, 2)) / union).mean().item()
+    predicted, foreground = (mask > 0.5) & (truth >= 0), truth > 0.5
+    union = (predicted | foreground).sum((1, 2)).clamp(min=1)
+    return ((predicted & foreground).sum((1, 2)) / union).mean().item()
 
 
 def e_measure(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Enhanced-alignment measure (Fan et al., IJCAI 2018) of two (n,) bool arrays.
 
-    It counts pixels and does not look at where they lie, so a flat array gives the image's value.
+    It only counts pixels, wherever they lie, so a flat array gives the value of the image.
     """
     measure = Emeasure()
-    measure.gt_fg_numel, measure.gt_size = np.count_nonzero(truth), truth.size  # what its step() would set
+    measure.gt_fg_numel = np.count_nonzero(truth)  # the library's step() would set these two
+    measure.gt_size = truth.size
     return float(measure.cal_em_with_threshold(prediction, truth, threshold=0.5))
 
 
-def average_iou(values: list[float], classes: list[str] | None = None) -> tuple[float, dict[str, float]]:
-    """mIoU of `overlap`'s results, averaged as `average` does, and {class: its IoU}, empty without classes."""
-    means = average([{key: value for key in METRICS} for value in values], classes)
-    return means["mIoU"], {label: its["mIoU"] for label, its in means.get("per_class", {}).items()}
+def average_iou(values: list[float],
+                classes: list[str] | None = None) -> tuple[float, dict[str, float]]:
+    """The mIoU of `overlap`'s results, averaged as `average` does it, and {class: its mIoU}.
+
+    classes: the class of each result. Without them the dict is empty.
+    """
+    means = average([dict.fromkeys(METRICS, value) for value in values], classes)
+    per_class = means.get("per_class", {})
+    return means["mIoU"], {label: row["mIoU"] for label, row in per_class.items()}
 
 
 def average(per_image: list[dict[str, float]], classes: list[str] | None = None) -> dict:
     """Means of `evaluate_mask`'s results over images: {"mIoU", "F", "BER", "E", "MAE"}, fractions.
 
-    classes: the class of each result, in the same order (VOC: one result per image and class present).
-    Each metric is then averaged over the images of a class first, and over the classes after that, and
-    "per_class" holds {class: its means}. There is no pooling of pixels over images. Raises UserError if empty.
+    classes: the class of each result, in the same order (VOC: one result for each image and class
+    in it). Each metric is then averaged over the images of a class first and over the classes
+    after that, and "per_class" holds {class: its means}. Pixels are not pooled over images.
+    Raises UserError if there is no result.
     """
     if not per_image:
-        raise UserError("there is no test image to average over: check the data folder and the split")
+        raise UserError("there is no test image to average over: check the data folder and the "
+                        "split")
     if classes is None:
         return {name: fmean(row[key] for row in per_image) for key, name in METRICS.items()}
-    per_class = {
-        label: average([row for row, its in zip(per_image, classes, strict=True) if its == label])
-        for label in dict.fromkeys(classes)
-    }
+    rows_of_class: dict[str, list[dict[str, float]]] = {}
+    for row, label in zip(per_image, classes, strict=True):
+        rows_of_class.setdefault(label, []).append(row)
+    per_class = {label: average(rows) for label, rows in rows_of_class.items()}
     means = {name: fmean(row[name] for row in per_class.values()) for name in METRICS.values()}
     return means | {"per_class": per_class}
 
 
 class Score(NamedTuple):
-    """What one test sample's masks are worth, and what is drawn of them."""
+    """How good the masks of one test sample are, and what is drawn of them."""
 
     number: int  # the sample's place in the test set
     metrics: dict[str, float]  # `evaluate_mask` of the last mask
     counts: tuple[int, int, int, int]  # `count_pixels` of the last mask
     ious: list[float]  # `overlap` after each round, M_0 first
-    chosen: int  # patches that the row chose
-    hits: int  # those of them on foreground; ignored patches are none
+    chosen: int  # how many patches the row chose
+    hits: int  # how many of them are on foreground; ignored pixels are not
     pictures: dict = {}
 
     @classmethod
     def of(cls, number: int, masks: list[np.ndarray], truth: np.ndarray, chosen: int,
            hits: int) -> "Score":
         """masks: bool (H, W) after each round. truth: uint8 (H, W), 255 ignored."""
-        last, ious = masks[-1], [overlap(mask, truth) for mask in masks]
-        return cls(number, evaluate_mask(last, truth), count_pixels(last, truth), ious, chosen, hits)
+        last = masks[-1]
+        ious = [overlap(mask, truth) for mask in masks]
+        metrics, counts = evaluate_mask(last, truth), count_pixels(last, truth)
+        return cls(number, metrics, counts, ious, chosen, hits)
 
 
 def count_pixels(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, int]:
@@ -158,21 +175,25 @@ def count_pixels(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, i
 def pool(counts: list[tuple[int, int, int, int]]) -> dict[str, float]:
     """{"IoU", "BER"} over the pixels of all images together, from their `count_pixels`.
 
-    Shadow detection counts BER so, and VOC its IoU. Where there is no foreground at all, or no
-    background, one error rate is undefined and BER is the other. An empty union is IoU 1.
+    This is how shadow detection computes BER and VOC its IoU. If there is no foreground at all, or
+    no background, one error rate is undefined and BER is the other. The IoU of an empty union is 1.
     """
     tp, fp, tn, fn = (sum(column) for column in zip(*counts))
-    rates = [wrong / (right + wrong) for right, wrong in ((tp, fn), (tn, fp)) if right + wrong]
+    error_rates = []
+    if tp + fn:
+        error_rates.append(fn / (tp + fn))
+    if tn + fp:
+        error_rates.append(fp / (tn + fp))
     union = tp + fp + fn
-    return {"IoU": tp / union if union else 1.0, "BER": fmean(rates)}
+    return {"IoU": tp / union if union else 1.0, "BER": fmean(error_rates)}
 
 
 def summarise(scores: list[Score], classes: list[str] | None, rounds: int) -> dict:
-    """One row of the results, of all test samples in their order.
+    """One row of the results, over all test samples in their order.
 
-    classes: of each sample, None for a binary task. rounds: T; FR is a share of T patches, so a
-    row that chooses another number of them has none.
-    Returns {"metrics": means, their "pooled" ones and perhaps FR, "iou_per_round" and
+    classes: the class of each sample, None for a binary task. rounds: T. FR is a share of T
+    patches, so a row that chooses another number of them has no FR.
+    Returns {"metrics": the means, the "pooled" ones and perhaps FR, "iou_per_round" and
     "iou_per_round_per_class": mIoU after each round, "pictures": {number: what is drawn}}.
     """
     metrics = average([score.metrics for score in scores], classes)
@@ -181,9 +202,15 @@ def summarise(scores: list[Score], classes: list[str] | None, rounds: int) -> di
         metrics["FR"] = sum(score.hits for score in scores) / chosen
     metrics["pooled"] = pool([score.counts for score in scores])
     for label, means in metrics.get("per_class", {}).items():
-        means["pooled"] = pool([score.counts for score, its in zip(scores, classes) if its == label])
-    after_rounds = [average_iou(list(ious), classes) for ious in zip(*(score.ious for score in scores))]
-    per_class = {label: [its[label] for _, its in after_rounds] for label in after_rounds[0][1]}
-    return {"metrics": metrics, "iou_per_round": [mean for mean, _ in after_rounds],
+        of_class = [score for score, its_class in zip(scores, classes) if its_class == label]
+        means["pooled"] = pool([score.counts for score in of_class])
+    means_per_round = []
+    per_class: dict[str, list[float]] = {}
+    for ious in zip(*(score.ious for score in scores)):
+        mean, class_means = average_iou(list(ious), classes)
+        means_per_round.append(mean)
+        for label, class_mean in class_means.items():
+            per_class.setdefault(label, []).append(class_mean)
+    return {"metrics": metrics, "iou_per_round": means_per_round,
             "iou_per_round_per_class": per_class,
             "pictures": {score.number: score.pictures for score in scores if score.pictures}}

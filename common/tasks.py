@@ -1,4 +1,4 @@
-"""The tasks: what is segmented, by which text, with which branch of the SRM, and where the data come from."""
+"""The tasks: what is segmented, by which text, with which branch of the SRM, on which data."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -7,24 +7,27 @@ from common.runtime.errors import UserError
 
 # In the order of VOC's palette indices 1 to 20 (0 is the background, 255 is to be ignored).
 VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
 )
-DEMO_CLASSES = ("star", "ring", "cross", "leaf", "brick", "ball")  # indices 1 to 6 of the drawn data set
+# Indices 1 to 6 of the data set that this project draws.
+DEMO_CLASSES = ("star", "ring", "cross", "leaf", "brick", "ball")
 
 
 @dataclass(frozen=True)
 class Task:
     """One segmentation task.
 
-    name: what the scripts' constants call it, and what its files are called.
-    title: for figures and messages.
-    dataset: layout on disk, see `common.datasets.FOLDERS`.
-    texts: the prompts for CLIP; label k of a label map (1-based) is the k-th text. One text: a binary task.
-    branch: of the SRM, "implicit" sees s_t only, "explicit" sees s_c and s_t (paper, section 3.3).
-    paper: key of this task in the paper's tables, None where the paper has no such task.
-    home: where the data set is to be downloaded, "" where there is nothing to download.
-    white_is_foreground: in its binary masks; else black is.
+    name: what the scripts' TASK and the run folders call it.
+    title: its name in figures and messages.
+    dataset: the layout on disk, see `common.datasets.FOLDERS`.
+    texts: the prompts for CLIP; label k of a label map (1-based) is the k-th text. A task with one
+        text is binary.
+    branch: of the SRM. "implicit" sees s_t only, "explicit" sees s_c and s_t (paper, section 3.3).
+    paper: key of this task in the paper's tables, None if the paper has no such task.
+    home: where to download the data set, "" if there is nothing to download.
+    white_is_foreground: whether white marks the foreground in its binary masks; otherwise black.
     """
 
     name: str
@@ -38,15 +41,17 @@ class Task:
 
 
 def _paper(name: str, title: str, branch: str, texts: tuple[str, ...], home: str) -> Task:
+    """A task of the paper, whose name is also its layout and its key in the paper's tables."""
     return Task(name, title, name, texts, branch, name, home)
 
 
 def _demo(name: str, title: str, dataset: str, branch: str, *texts: str) -> Task:
+    """A task on pictures that this project draws."""
     return Task(name, f"{title} (drawn demo)", dataset, texts, branch, None)
 
 
-# Texts and branches of the paper's five tasks are the paper's (section 4 and Table 4); the drawn demo tasks
-# take the layout and the branch of the one they mimic.
+# The paper's five tasks have the paper's texts and branches (section 4 and Table 4). Each drawn
+# demo task has the layout and the branch of the one it mimics.
 TASKS = (
     _paper("cuhk", "Defocus blur (CUHK)", "implicit", ("defocus background",),
            "http://www.cse.cuhk.edu.hk/leojia/projects/dblurdetect/dataset.html"),
@@ -69,15 +74,16 @@ TASKS = (
 def get_task(name: str, prompt: str = "") -> Task:
     """The task of that name.
 
-    prompt: the text of the task "folder" (your own pictures); the other tasks have texts of their own, which
-        `with_prompt` replaces. A folder task takes the explicit branch, since a text names its target; for a
-        target that no text names well, set BRANCH=implicit in stage 2.
-    Raises UserError for an unknown name (listing those there are) and for "folder" without a prompt.
+    prompt: the text of the task "folder" (your own pictures). The other tasks have texts of their
+        own, which `with_prompt` replaces. A folder task takes the explicit branch, since a text
+        names its target; for a target that no text names well, set BRANCH=implicit in stage 2.
+    Raises UserError for an unknown name, listing the tasks, and for "folder" without a prompt.
     """
     if name == "folder":
         prompt = prompt.strip()
         if not prompt:
-            raise UserError('the task "folder" needs a text that names what its masks mark: set PROMPT="dog", for one')
+            raise UserError('the task "folder" needs a text that names what its masks mark: set '
+                            'PROMPT="dog", for one')
         return Task("folder", f"Own pictures ({prompt})", "folder", (prompt,), "explicit", None)
     for task in TASKS:
         if task.name == name:
@@ -87,11 +93,14 @@ def get_task(name: str, prompt: str = "") -> Task:
 
 
 def with_prompt(task: Task, prompt: str) -> Task:
-    """The task with `prompt` in the place of its one text; with its own where that is empty.
+    """The task with `prompt` in the place of its one text; unchanged if `prompt` is empty.
 
-    Raises UserError where a task has several texts.
+    Raises UserError if the task has several texts.
     """
     prompt = prompt.strip()
-    if prompt and len(task.texts) > 1:
-        raise UserError(f'PROMPT="{prompt}" cannot stand for the {len(task.texts)} texts of {task.name}: leave it out')
-    return replace(task, texts=(prompt,)) if prompt else task
+    if not prompt:
+        return task
+    if len(task.texts) > 1:
+        raise UserError(f'PROMPT="{prompt}" cannot stand for the {len(task.texts)} texts of '
+                        f"{task.name}: leave it out")
+    return replace(task, texts=(prompt,))

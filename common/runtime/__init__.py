@@ -1,1 +1,1 @@
-"""What makes a script run: settings, files, checkpoints, processes, errors."""
+"""What every script needs to run: settings, files, checkpoints, processes and errors."""

@@ -1,7 +1,8 @@
-"""One stage shared by the processes that torchrun starts on one machine; in a single process all this does nothing.
+"""One stage shared by the processes that torchrun starts on one machine.
 
-Only small Python objects are exchanged, so the backend is gloo, with and without GPUs. Every process computes what it
-would compute alone, and rank 0 alone prints, collects and writes.
+In a single process all of this does nothing. Only small Python objects are exchanged, so the
+backend is gloo, with and without GPUs. Every process computes what it would compute alone, and
+only rank 0 prints, collects and writes.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import distributed
@@ -17,36 +19,44 @@ from torch import distributed
 from common.runtime.errors import UserError
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK, SIZE, LOCAL_SIZE = (int(os.environ[name]) if TORCHRUN else default
-                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
-# A process that dies is noticed at once: its connections close. This is for one that hangs (a stuck disk, a stuck GPU),
-# and longer than processes wait for each other otherwise: while rank 0 draws or downloads, and where shares differ.
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+SIZE = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+LOCAL_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if TORCHRUN else 1
+# A process that dies is noticed at once, because its connections close. The timeout is for one
+# that hangs (a stuck disk, a stuck GPU). It is longer than the processes wait for each other
+# otherwise: while rank 0 draws or downloads, and where their shares of the work differ.
 TIMEOUT = datetime.timedelta(hours=6)
-_store = None  # torchrun's own process keeps it, so it outlives any rank
+_store = None  # torchrun's own process keeps it, so it outlives every rank
 
 
 def start() -> None:
-    """Joins the other processes. Raises UserError where they are on several machines."""
+    """Joins the other processes. Raises UserError if they are on several machines."""
     global _store
     if SIZE == 1:
         return
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open as long as the process runs
     _store, *_ = next(distributed.rendezvous("env://", timeout=TIMEOUT))
-    if LOCAL_SIZE < SIZE:  # a shared file system may lose bytes that two machines write side by side into the cache
+    # A shared file system may lose bytes that two machines write side by side into the cache.
+    if SIZE > LOCAL_SIZE:
         raise UserError("torchrun started processes on several machines: give it --nnodes=1")
     with _until_one_ends():
-        distributed.init_process_group("gloo", store=_store, rank=RANK, world_size=SIZE, timeout=TIMEOUT)
+        distributed.init_process_group("gloo", store=_store, rank=RANK, world_size=SIZE,
+                                       timeout=TIMEOUT)
 
 
 def own(device: torch.device) -> torch.device:
-    """This process's GPU where `device` is "cuda" without a number. Raises UserError where there are too few."""
+    """The GPU of this process if `device` is "cuda" without a number; otherwise `device`.
+
+    Raises UserError if there are fewer GPUs than processes.
+    """
     if SIZE == 1 or device.type != "cuda":
         return device
     if device.index is None:
-        if RANK >= torch.cuda.device_count():
-            raise UserError(f"torchrun started {SIZE} processes for {torch.cuda.device_count()} GPUs: give it "
-                            f"--nproc_per_node={torch.cuda.device_count()}, or let them share one by DEVICE=cuda:0")
+        gpus = torch.cuda.device_count()
+        if gpus <= RANK:
+            raise UserError(f"torchrun started {SIZE} processes for {gpus} GPUs: give it "
+                            f"--nproc_per_node={gpus}, or let them share one by DEVICE=cuda:0")
         device = torch.device("cuda", RANK)
     torch.cuda.set_device(device)
     return device
@@ -54,7 +64,7 @@ def own(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
-    """The block is run by rank 0, and then by the others: what it downloads or creates there, they find."""
+    """Runs the block in rank 0 and then in the others, which find what rank 0 made there."""
     if RANK > 0:
         barrier()
     yield
@@ -70,35 +80,38 @@ def barrier() -> None:
 
 
 def share(items: Sequence) -> Sequence:
-    """This process's share of rank 0's `items`, which are dealt in turn."""
+    """This process's share of rank 0's `items`: every SIZE-th one, from the RANK-th on."""
     if SIZE > 1:
-        dealt = [items]
+        exchanged = [items]
         with _until_one_ends():
-            distributed.broadcast_object_list(dealt, src=0)
-        items = dealt[0]
+            distributed.broadcast_object_list(exchanged, src=0)
+        items = exchanged[0]
     return items[RANK::SIZE]
 
 
 def share_batches(items: Sequence, size: int) -> list:
-    """This process's share, dealt as whole batches, so that each has the same neighbours as ever."""
+    """This process's share, dealt as whole batches: they are the same as in one process."""
     starts = share(range(0, len(items), size))
     return [item for start in starts for item in items[start:start + size]]
 
 
 def gather(items: list[tuple]) -> list[tuple]:
     """On rank 0 the items of all processes, sorted by their first entry; on the others nothing."""
-    everyone = [items] * SIZE if RANK == 0 else None
+    gathered = [items] * SIZE if RANK == 0 else None
     if SIZE > 1:
         with _until_one_ends():
-            distributed.gather_object(items, everyone)
-    return sorted((item for its in everyone or () for item in its), key=operator.itemgetter(0))
+            distributed.gather_object(items, gathered)
+    if gathered is None:
+        return []
+    return sorted(chain.from_iterable(gathered), key=operator.itemgetter(0))
 
 
 def last_words(sentence: str) -> str | int:
-    """What `sys.exit` is given where a UserError ends this process: the sentence; under torchrun 1.
+    """What `sys.exit` is given when a UserError ends this process.
 
-    There the first process that ends says its sentence. The others end without theirs, and not before: torchrun stops
-    all that are left as soon as one has ended.
+    That is the sentence; but under torchrun it is 1, and the sentence is printed here. torchrun
+    stops all processes as soon as one has ended. So the first to come here prints its sentence,
+    and the others wait for that and end without theirs.
     """
     if _store is None:
         return sentence
@@ -111,7 +124,9 @@ def last_words(sentence: str) -> str | int:
 
 @contextlib.contextmanager
 def _until_one_ends() -> Iterator[None]:
+    """Raises UserError if another process ends, or hangs, while this one waits for it."""
     try:
         yield
-    except RuntimeError as error:  # gloo's for a closed connection, and for TIMEOUT
-        raise UserError("one of torchrun's processes ended, or hung: run the same command to go on") from error
+    except RuntimeError as error:  # gloo raises it for a closed connection and after TIMEOUT
+        raise UserError("one of torchrun's processes ended, or hung: run the same command to "
+                        "go on") from error

@@ -1,8 +1,8 @@
-"""The one exception that means: the user can mend this, and the message says how."""
+"""The one exception that means: the user can solve this, and the message says how."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence that names the file or constant and the mend.
+    """Bad input. The message is one sentence: which file or constant is wrong, and what to do.
 
-    Scripts print it and exit with status 1 (see `common.script.run`); it is never shown as a traceback.
+    Scripts print it without a traceback and exit with status 1 (see `common.runtime.script.run`).
     """

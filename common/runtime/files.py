@@ -1,4 +1,4 @@
-"""Files that a kill cannot leave half written, folders that one process owns, and damage that is noticed."""
+"""Files that are never half written, folders that one process claims, and checks for damage."""
 
 import contextlib
 import os
@@ -11,15 +11,17 @@ from common.runtime.errors import UserError
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write(temporary path)` make a file beside `path` (same suffix), then put it in `path`'s place.
+    """Lets `write(temporary path)` make a file beside `path`, then puts that in `path`'s place.
 
-    A reader, or a run that goes on after a power cut, meets the old file or the new one, never half of one.
-    On any failure the old file stays as it was and the temporary one is removed. OSErrors carry `path`.
+    A reader, or a run that goes on after a power cut, finds the old file or the new one, and never
+    half of one. On any failure the old file stays as it was and the temporary one is removed.
+    The temporary path has the suffix of `path`. OSErrors name `path`.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # one name, so what a kill leaves is written over
+    # The name is always the same, so that the next write replaces what a kill left behind.
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # a folder that cannot be written to is an OSError from here, whatever `write` uses
+        temporary.touch()  # raises OSError in a folder without write access, whatever `write` uses
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -29,15 +31,16 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             error.filename = str(path)
         raise
     finally:
-        with contextlib.suppress(OSError):  # gone already, or the folder itself is what failed
+        with contextlib.suppress(OSError):  # it was moved already, or the folder itself failed
             temporary.unlink()
 
 
 def lock(folder: Path) -> None:
-    """Makes the folder and claims it until this process ends, however it ends. Raises UserError where another has it.
+    """Makes the folder and claims it until this process ends, however it ends.
 
-    The claim lies on the folder itself, so nothing is left behind. Where the system has no such locks, nothing is done.
-    Under torchrun rank 0 claims it for all.
+    The lock is on the folder itself, so that no file is left behind. On a system without such
+    locks nothing is claimed. Under torchrun rank 0 claims the folder for all.
+    Raises UserError if another process has claimed it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if distributed.RANK > 0:
@@ -46,23 +49,24 @@ def lock(folder: Path) -> None:
         import fcntl
     except ImportError:
         return
-    handle = os.open(folder, os.O_RDONLY)  # never closed: the lock goes with the process
+    handle = os.open(folder, os.O_RDONLY)  # never closed: the lock ends with the process
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process is working in {folder}: wait until it ends, or name another "
-                        "RUN_DIR") from None
+        raise UserError(f"another process is working in {folder}: wait until it ends, or name "
+                        "another RUN_DIR") from None
     except OSError:  # a file system without locks
         pass
 
 
 def require_intact(path: Path) -> None:
-    """Raises ValueError or zipfile's errors where a part of the zip file `path` is not what was written.
+    """Raises ValueError, or an error of zipfile, if a part of a zip file does not fit its checksum.
 
-    torch.save writes zip files, and torch.load does not look at their checksums. A file of another kind has none, and
-    passes.
+    torch.save writes zip files, and torch.load does not look at their checksums. A file of another
+    kind has none, and passes.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as parts:
-            if broken := parts.testzip():
-                raise ValueError(f"{broken} is not what was written")
+            broken = parts.testzip()
+        if broken:
+            raise ValueError(f"{broken} is not what was written")

@@ -1,4 +1,7 @@
-"""A run folder opened for stages 2 to 4: its cache, device and patches, and SAM's live decoder."""
+"""What stages 2 to 4 open before they start: the cache, the device, the patches, SAM's decoder.
+
+Unlike the rest of common/runtime, this module stands on the method.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,20 +45,24 @@ class Trained:
 
 @dataclass(frozen=True)
 class Run:
-    """What stages 2 to 4 share. centres: (A, 2) float, the patch centres (Eq. 3), on `device`."""
+    """What stages 2 to 4 share.
+
+    frame: side in pixels of the square picture that points lie in.
+    centres: (A, 2) float, (x, y) of the patch centres (Eq. 3) in that picture, on `device`.
+    """
 
     folder: Path
     cache: Cache
     device: torch.device
-    frame: int  # side in pixels of the squashed picture that points lie in
+    frame: int
     centres: Tensor
 
     def load_prompter(self) -> BatchedPrompter:
-        """SAM's prompt encoder and mask decoder, the ones whose embeddings the cache holds.
+        """Loads the prompt encoder and mask decoder of the SAM whose embeddings the cache holds.
 
-        Raises UserError where they cannot be had. All processes of torchrun must call it.
+        All processes of torchrun must call it. Raises UserError if they cannot be loaded.
         """
-        with distributed.rank_0_first():  # weights that are not there yet are downloaded once
+        with distributed.rank_0_first():  # missing weights are downloaded once
             return BatchedPrompter(load_decoder(self.cache.attrs, self.device), self.frame)
 
     def load_agent(self, constants: dict[str, object]) -> Trained:
@@ -79,17 +86,16 @@ class Run:
 
 
 def open_run(constants: dict[str, object]) -> Run:
-    """The run that a script's TASK, RUN_DIR, FEATURES and DEVICE name; nothing is written.
+    """Opens the run that a script's TASK, RUN_DIR, FEATURES and DEVICE name; writes nothing.
 
-    constants: the script's `globals()`. Raises UserError where the device or the cache is missing,
-    where the cache is damaged, incomplete or of another task, or where there are fewer patches than
-    ROUNDS.
+    constants: the script's `globals()`. Raises UserError if the device or the cache is missing, if
+    the cache is damaged, incomplete or of another task, or if there are fewer patches than ROUNDS.
     """
     device = distributed.own(script.device(constants["DEVICE"]))
     folder = script.run_dir(constants["RUN_DIR"], constants["TASK"])
-    path = script.cache_path(constants["FEATURES"], folder)
+    cache_path = script.cache_path(constants["FEATURES"], folder)
     stage_1 = script.command("01_cache_features.py", constants)
-    cache = Cache.open(path, constants["TASK"], stage_1)
+    cache = Cache.open(cache_path, constants["TASK"], stage_1)
     frame = cache.attrs["image_size"]
     centres = patch_centres(frame, cache.attrs["patch_size"]).to(device)
     if constants["ROUNDS"] > len(centres):

@@ -1,4 +1,4 @@
-"""How every script starts and ends: errors as sentences, its device, its paths, the command that comes next."""
+"""How every script starts and ends: its device, its paths, its errors, and the next command."""
 
 import errno
 import math
@@ -14,23 +14,31 @@ import torch
 from common.runtime import distributed, settings
 from common.runtime.errors import UserError
 
-MENDS = {
-    errno.ENOSPC: "there is no space left to write {}: free some disk space and run the same command again",
-    errno.EDQUOT: "your disk quota does not let {} grow: free some space and run the same command again",
-    errno.EFBIG: "{} may not grow that large: raise the limit (ulimit -f) or choose a folder on another file system, "
-                 "and run the same command again",
-    errno.EROFS: "{} lies on a read-only file system: choose a folder that can be written to",
-    errno.EEXIST: "{} should be a folder, and a file has that name: move it away or choose another folder",
-    errno.EISDIR: "{} should be a file, and a folder has that name: move it away or choose another folder",
-    errno.ENOTDIR: "{} cannot be made, since a part of that path is a file: move it away or choose another folder",
-    errno.EACCES: "there is no permission to open {}: change its permissions or choose another folder",
+MENDS = {  # the sentences for errors of the disk that the user can solve; {} is the path
+    errno.ENOSPC: "there is no space left to write {}: free some disk space and run the same "
+                  "command again",
+    errno.EDQUOT: "your disk quota does not let {} grow: free some space and run the same command "
+                  "again",
+    errno.EFBIG: "{} may not grow that large: raise the limit (ulimit -f) or choose a folder on "
+                 "another file system, and run the same command again",
+    errno.EROFS: "{} is on a read-only file system: choose a folder that can be written to",
+    errno.EEXIST: "{} should be a folder, and a file has that name: move it away or choose another "
+                  "folder",
+    errno.EISDIR: "{} should be a file, and a folder has that name: move it away or choose another "
+                  "folder",
+    errno.ENOTDIR: "{} cannot be made, since a part of that path is a file: move it away or choose "
+                   "another folder",
+    errno.EACCES: "there is no permission to open {}: change its permissions or choose another "
+                  "folder",
 }
 
 
 def run(main: Callable[[], None], constants: dict[str, object], shared: bool = False) -> None:
-    """Put the command line's NAME=value into `constants` (the script's `globals()`), then call `main()`.
+    """Puts the command line's NAME=value into `constants`, then calls `main()`.
 
-    What the user can mend ends as one sentence on stderr and exit status 1; Ctrl-C ends with status 130.
+    An error that the user can solve ends the script with one sentence on stderr and exit status 1;
+    Ctrl-C ends it with status 130.
+    constants: the script's `globals()`.
     shared: whether `main` shares its work with the other processes of torchrun.
     """
     try:
@@ -39,7 +47,7 @@ def run(main: Callable[[], None], constants: dict[str, object], shared: bool = F
         if not shared:
             require_one_process(Path(sys.argv[0]).name)
         main()
-        distributed.barrier()  # a process that fails at the last moment makes all of them fail
+        distributed.barrier()  # so that all processes fail if one fails at the last moment
     except UserError as error:
         sys.exit(distributed.last_words(f"error: {error}"))
     except KeyboardInterrupt:
@@ -60,51 +68,66 @@ def require_one_process(what: str) -> None:
 
 
 def device(name: str) -> torch.device:
-    """The device called `name`: "cuda", "cuda:1", "mps", "cpu", or "auto", the first there is of these."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device called `name`: "cuda", "cuda:1", "mps", "cpu", or "auto".
+
+    "auto" is the first of cuda, mps and cpu that this machine has. Raises UserError if the named
+    device is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+               "cpu": True}
+    found = [kind for kind, is_present in present.items() if is_present]
     if name == "auto":
-        return torch.device(next(kind for kind, present in there.items() if present))
+        return torch.device(found[0])
     kind, _, index = name.partition(":")
-    present = there.get(kind, False) and (not index or index.isdecimal())
-    if not present or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
-        found = ", ".join(kind for kind, present in there.items() if present)
-        raise UserError(f"DEVICE={name} is not on this machine: use DEVICE=auto or one of {found}")
+    exists = kind in found and (not index or index.isdecimal())
+    if exists and kind == "cuda":
+        exists = int(index or 0) < torch.cuda.device_count()
+    if not exists:
+        raise UserError(f"DEVICE={name} is not on this machine: use DEVICE=auto or one of "
+                        f"{', '.join(found)}")
     return torch.device(name)
 
 
 def run_dir(run_dir: str, task: str) -> Path:
-    """The folder of a run's files: `run_dir`, or runs/<task> where that is empty. It is not made here."""
+    """The folder of a run's files: `run_dir`, or runs/<task> if that is empty; it is not made."""
     return Path(run_dir).expanduser() if run_dir else Path("runs") / task
 
 
 def cache_path(features: str, run_dir: Path) -> Path:
-    """The path of the cache: `features`, or features.h5 in the run folder where it is empty."""
+    """The path of the cache: `features`, or features.h5 in the run folder if that is empty."""
     return Path(features).expanduser() if features else run_dir / "features.h5"
 
 
 def command(script: str, constants: dict[str, object], shared: tuple[str, ...] = ()) -> str:
-    """What runs another stage of the same run, quoted for a shell and without "python": script and the constants that
-    say which run it is, with those of `shared` that are not 0, which both stages must have alike."""
-    given = [f"{name}={constants[name]}" for name in ("TASK", "RUN_DIR", "FEATURES", *shared) if constants[name]]
-    return shlex.join([script, *given])
+    """The command that runs another stage of the same run, quoted for a shell, without "python".
+
+    It has the constants that say which run it is, as far as they are not empty, and those of
+    `shared` that are not 0.
+    shared: names of constants that must be the same in both stages.
+    """
+    names = ("TASK", "RUN_DIR", "FEATURES", *shared)
+    return shlex.join([script, *(f"{name}={constants[name]}" for name in names if constants[name])])
 
 
 def goodbye(written: list[Path], next_command: str) -> None:
-    """How a stage ends: prints what it wrote and the command that comes next."""
+    """Prints at the end of a stage which files it wrote and which command comes next."""
     print("wrote " + ", ".join(map(str, written)))
     print(f"next: python {next_command}")
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's (all devices) global random generators."""
+    """Seeds the global random generators of Python, NumPy and PyTorch (on all devices)."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def require_finite(values: dict[str, float], where: str) -> None:
-    """Raise UserError naming the first of these numbers that is NaN or infinite; `where` says what they came from."""
+    """Raises UserError naming the first of these numbers that is NaN or infinite.
+
+    where: at which point of the training they were computed, for the message.
+    """
     for name, value in values.items():
         if not math.isfinite(value):
-            raise UserError(f"{name.replace('_', ' ')} is {value} {where}: lower LEARNING_RATE, or look at what goes "
-                            "in; what was saved before is intact")
+            raise UserError(f"{name.replace('_', ' ')} is {value} {where}: lower LEARNING_RATE, or "
+                            "check the input; what was saved before is intact")

@@ -1,4 +1,4 @@
-"""A script's constants: read from the command line as NAME=value, checked, and compared with a file's."""
+"""A script's constants: taken from the command line, checked, compared with those of a file."""
 
 import ast
 import difflib
@@ -22,36 +22,35 @@ KINDS = {
 
 
 def override(constants: dict[str, object], argv: list[str]) -> None:
-    """Replace UPPER_CASE `constants` by the values in `argv`, each NAME=value read as its default's type.
+    """Replaces UPPER_CASE `constants` by the values in `argv`, each given as NAME=value.
 
-    A tuple is given as 1,2,3; a dict as one value for all its keys, or as key:value,key:value, where keys
-    that are left out keep their default. `help` prints the constants with their comments and exits. Names that start
-    with an underscore, values of other types, and constants that the script imports, which would change for the script
-    alone, cannot be given. Raises UserError, with nothing replaced.
+    A value is read as the type of the constant's default. A tuple is given as 1,2,3; a dict as one
+    value for all its keys, or as key:value,key:value, where keys that are left out keep their
+    default. `help` prints the constants with their comments and exits.
+
+    Names that start with an underscore and values of other types cannot be given. Nor can
+    constants that the script imports: they would change in the script alone.
+    Raises UserError; then nothing is replaced.
     """
-    own = _assigned(Path(constants["__file__"])) if "__file__" in constants else dict.fromkeys(constants, "")
-    settable = {
-        name: value
-        for name, value in constants.items()
-        if name.isupper() and name[0] != "_" and isinstance(value, tuple(KINDS)) and value not in ((), {})
-        and name in own
-    }
+    if "__file__" in constants:
+        comments = _comments(Path(constants["__file__"]))
+    else:
+        comments = dict.fromkeys(constants, "")
+    settable = {name: value for name, value in constants.items()
+                if name in comments and _is_settable(name, value)}
     if any(argument in ("help", "--help", "-h") for argument in argv):
-        print((constants.get("__doc__") or "").strip())
-        spec = constants.get("__spec__")  # there where python -m started it
-        print(f"\nusage: python {f'-m {spec.name}' if spec else Path(sys.argv[0]).name} [NAME=value ...]\n")
-        shown = {name: f"{name}={_show(value)}" for name, value in settable.items()}
-        width = min(32, max(map(len, shown.values())))
-        print("\n".join(f"  {shown[name]:{width}}  {own[name]}".rstrip() for name in settable))
+        _print_help(constants, settable, comments)
         sys.exit(0)
-    listed = "the constants are " + ", ".join(f"{name}={_show(value)}" for name, value in settable.items())
+    listed = "the constants are " + ", ".join(f"{name}={_show(value)}"
+                                              for name, value in settable.items())
     given = {}
     for argument in argv:
         name, equals, text = argument.partition("=")
         if not equals:
             raise UserError(f"{argument!r} is not of the form NAME=value; {listed}")
         if name not in settable:
-            near = difflib.get_close_matches(name.strip("-").replace("-", "_").upper(), settable, 1)
+            likely = name.strip("-").replace("-", "_").upper()
+            near = difflib.get_close_matches(likely, settable, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"there is no constant {name}{hint}; {listed}")
         try:
@@ -62,32 +61,61 @@ def override(constants: dict[str, object], argv: list[str]) -> None:
     constants.update(given)
 
 
-def _assigned(script: Path) -> dict[str, str]:
-    """{name: the comment after it} of what a script assigns outside functions and classes."""
+def _comments(script: Path) -> dict[str, str]:
+    """{name: the comment after it} of all names assigned outside functions and classes."""
     source = script.read_text(encoding="utf-8")
     lines = source.splitlines()
-    return {name.id: lines[statement.end_lineno - 1].partition("  # ")[2]
-            for statement in ast.parse(source).body if isinstance(statement, ast.Assign)
-            for target in statement.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    comments = {}
+    for statement in ast.parse(source).body:
+        if not isinstance(statement, ast.Assign):
+            continue
+        comment = lines[statement.end_lineno - 1].partition("  # ")[2]
+        for target in statement.targets:
+            names = (node.id for node in ast.walk(target) if isinstance(node, ast.Name))
+            comments |= dict.fromkeys(names, comment)
+    return comments
+
+
+def _is_settable(name: str, value: object) -> bool:
+    """Whether a constant of this name and default can be given; an empty default has no type."""
+    if not name.isupper() or name.startswith("_"):
+        return False
+    return isinstance(value, tuple(KINDS)) and value not in ((), {})
+
+
+def _print_help(constants: dict[str, object], settable: dict[str, object],
+                comments: dict[str, str]) -> None:
+    """Prints the script's docstring, how it is called, and its constants with their comments."""
+    print((constants.get("__doc__") or "").strip())
+    spec = constants.get("__spec__")  # python -m sets it
+    script = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
+    print(f"\nusage: python {script} [NAME=value ...]\n")
+    shown = {name: f"{name}={_show(value)}" for name, value in settable.items()}
+    width = min(32, max(map(len, shown.values())))
+    for name in settable:
+        print(f"  {shown[name]:{width}}  {comments[name]}".rstrip())
 
 
 def _parse(text: str, default: object) -> object:
-    """`text` as a value of `default`'s type; ValueError or KeyError where it does not read as one."""
+    """`text` read as a value of `default`'s type. Raises ValueError or KeyError if it is none."""
     if isinstance(default, bool):  # before int: a bool is an int
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(default, float):
         if not math.isfinite(float(text)):
             raise ValueError(text)
         return float(text)
-    if isinstance(default, tuple):
+    if isinstance(default, tuple):  # its items are floats if one of them is
         like = next((item for item in default if isinstance(item, float)), default[0])
         return tuple(_parse(part, like) for part in text.split(","))
     if isinstance(default, dict):
         if ":" not in text:
             return {key: _parse(text, value) for key, value in default.items()}
         keys = {str(key): key for key in default}
-        pairs = (part.split(":", 1) for part in text.split(","))
-        return default | {keys[key]: _parse(value, default[keys[key]]) for key, value in pairs}
+        value = dict(default)
+        for pair in text.split(","):
+            name, item = pair.split(":", 1)
+            value[keys[name]] = _parse(item, default[keys[name]])
+        return value
     return type(default)(text)
 
 
@@ -101,23 +129,32 @@ def _show(value: object) -> str:
 
 
 def positive(constants: dict[str, object], /, *names: str) -> None:
-    """Raise UserError naming the first of these constants that is not > 0; of a tuple or dict, all items."""
+    """Raises UserError naming the first of these constants that is not greater than 0.
+
+    Of a tuple or a dict every item must be.
+    """
     for name in names:
         value = constants[name]
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        if isinstance(value, dict):
+            items = value.values()
+        else:
+            items = value if isinstance(value, tuple) else (value,)
         if not all(item > 0 for item in items):
             raise UserError(f"{name}={_show(value)} must be greater than 0")
 
 
 def not_negative(constants: dict[str, object], /, *names: str) -> None:
-    """Raise UserError naming the first of these constants that is below 0 or, as a seed, too large for NumPy."""
+    """Raises UserError naming the first of these constants that is below 0, or above 2^32 - 1.
+
+    NumPy takes no larger seed.
+    """
     for name in names:
         if not 0 <= constants[name] < 2**32:
             raise UserError(f"{name}={constants[name]} must be 0 or more, and below 2^32")
 
 
 def choose(name: str, wanted: tuple[str, ...], known: Iterable[str]) -> list[str]:
-    """The names in `wanted`, the value of constant `name`, once each; ("all",) means all known ones.
+    """The names in `wanted`, the value of constant `name`, once each; ("all",) means all known.
 
     Raises UserError at the first that is not known.
     """
@@ -132,10 +169,11 @@ def choose(name: str, wanted: tuple[str, ...], known: Iterable[str]) -> list[str
 
 
 def require_same(path: Path, stored: dict, wanted: dict, mend: str = MEND) -> None:
-    """Raises UserError at the first constant in which `path` differs from what is wanted of it.
+    """Raises UserError at the first setting in which the file `path` differs from `wanted`.
 
-    stored: what `path` was made with. wanted: values by the constants' names in lower case. Names in
-    FINGERPRINTS stand for files that `path` was made from. mend: what to do, as the sentence's end.
+    stored: what `path` was made with. wanted: values by the constants' names in lower case. Names
+    in FINGERPRINTS stand for files that `path` was made from. mend: what the user should do; it
+    ends the message.
     """
     for name, value in wanted.items():
         if stored.get(name) == value:
