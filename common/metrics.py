@@ -156,9 +156,9 @@ class Score(NamedTuple):
     def of(cls, number: int, masks: list[np.ndarray], truth: np.ndarray, chosen: int,
            hits: int) -> "Score":
         """masks: bool (H, W) after each round. truth: uint8 (H, W), 255 ignored."""
-        last = masks[-1]
+        metrics, counts = evaluate_mask(masks[-1], truth), count_pixels(masks[-1], truth)
         ious = [overlap(mask, truth) for mask in masks]
-        return cls(number, evaluate_mask(last, truth), count_pixels(last, truth), ious, chosen, hits)
+        return cls(number, metrics, counts, ious, chosen, hits)
 
 
 def count_pixels(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, int]:
