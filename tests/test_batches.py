@@ -15,7 +15,7 @@ CPU_WORDS = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator:
 
 
 def fits(most: int, error: type[RuntimeError] = torch.OutOfMemoryError):
-    """A computation that has memory for `most` items; `asked` holds the batch sizes it was given."""
+    """A computation with memory for `most` items; `asked` holds the batch sizes it was given."""
     def compute(batch: list[int]) -> list[int]:
         compute.asked.append(len(batch))
         if len(batch) > most:
