@@ -67,4 +67,5 @@ def test_kinds_of_states_are_drawn_by_their_shares(stage):
     generator = torch.Generator().manual_seed(0)
     drawn = Counter(stage.draw_kind(generator) for _ in range(5000))
     assert sum(stage.STATES.values()) == 1
-    assert {kind: count / 5000 for kind, count in drawn.items()} == pytest.approx(stage.STATES, abs=0.03)
+    shares = {kind: count / 5000 for kind, count in drawn.items()}
+    assert shares == pytest.approx(stage.STATES, abs=0.03)
