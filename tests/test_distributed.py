@@ -47,7 +47,8 @@ def process_of_rank(rank: int, torchrun: int) -> int | None:
     return None
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the process of a rank by /proc")
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"),
+                    reason="finds the process of a rank by /proc")
 def test_stage_1_with_one_process_killed_ends_and_goes_on_to_the_same_cache(workplace):
     path = workplace / "shared/features.h5"
 
