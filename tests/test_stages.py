@@ -18,7 +18,7 @@ from PIL import Image
 from common.runtime import checkpoint
 from tests.conftest import STAGES, arrays, command, run
 
-# The uninterrupted run has the cache that the runs in other folders use.
+# Runs in other folders use the cache of the uninterrupted run.
 CACHE = "FEATURES=runs/folder/features.h5"
 
 
@@ -65,7 +65,7 @@ def test_results_hold_the_four_rows_and_the_iou_of_every_round(workplace):
     assert list(results["rows"]) == ["AlignSAM", "w/o RL", "w/o SRM", "w/o MSI"]
     for name, row in results["rows"].items():
         assert {"mIoU", "F", "BER", "E", "MAE"} <= row.keys()
-        assert ("FR" in row) == (name != "w/o MSI")  # a share of T points, and there is one
+        assert ("FR" in row) == (name != "w/o MSI")  # FR is a share of T points; w/o MSI has one
         assert len(results["iou_per_round"][name]) == (2 if name.endswith("MSI") else 4)
         assert all(0 <= value <= 1 for value in results["iou_per_round"][name])
     # the same agent and SRM do the same in the first round, however many rounds follow
