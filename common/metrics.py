@@ -157,9 +157,8 @@ class Score(NamedTuple):
     def of(cls, number: int, masks: list[np.ndarray], truth: np.ndarray, chosen: int,
            hits: int) -> "Score":
         """masks: bool (H, W) after each round. truth: uint8 (H, W), 255 ignored."""
-        last = masks[-1]
+        metrics, counts = evaluate_mask(masks[-1], truth), count_pixels(masks[-1], truth)
         ious = [overlap(mask, truth) for mask in masks]
-        metrics, counts = evaluate_mask(last, truth), count_pixels(last, truth)
         return cls(number, metrics, counts, ious, chosen, hits)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that more than one file of tests uses, and how they start the four scripts."""
+"""Fixtures of more than one test file, and the functions that start the four scripts."""
 
 import importlib.util
 import os
@@ -27,7 +27,7 @@ STAGES = {
 
 
 def load_script(name: str) -> ModuleType:
-    """A numbered script as a module of its own, whose constants a test may change; its main is not run."""
+    """A numbered script as a fresh module, whose constants a test may change; main is not run."""
     spec = importlib.util.spec_from_file_location(f"stage_{name[:2]}", ROOT / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -35,30 +35,35 @@ def load_script(name: str) -> ModuleType:
 
 
 def command(script: str, *more: str) -> list[str]:
+    """The command line that runs a script on the small data set, with `more` arguments."""
     return [sys.executable, str(ROOT / script), "TASK=folder", "DEVICE=cpu", *STAGES[script], *more]
 
 
 def run(folder: Path, script: str, *more: str) -> subprocess.CompletedProcess:
+    """Runs a script in `folder` to its end."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    return subprocess.run(command(script, *more), cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command(script, *more), cwd=folder, env=environment,
+                          capture_output=True, text=True)
 
 
 def draw_data(folder: Path) -> None:
     """Draws a data set of 10 training and 6 test images into folder/data."""
     for split, count in (("train", 10), ("test", 6)):
-        for kind in ("images", "masks"):
-            (folder / "data" / split / kind).mkdir(parents=True)
+        images, masks = (folder / "data" / split / kind for kind in ("images", "masks"))
+        images.mkdir(parents=True)
+        masks.mkdir()
         for index in range(count):
             scene = draw_for_task("saliency", split, index)
             size = (200, 150 + 10 * index)
-            Image.fromarray(scene.image).resize(size).save(folder / "data" / split / "images" / f"{index}.jpg")
-            mask = Image.fromarray(scene.labels("saliency") * 255).resize(size, Image.NEAREST)
-            mask.save(folder / "data" / split / "masks" / f"{index}.png")
+            image = Image.fromarray(scene.image)
+            image.resize(size).save(images / f"{index}.jpg")
+            mask = Image.fromarray(scene.labels("saliency") * 255)
+            mask.resize(size, Image.NEAREST).save(masks / f"{index}.png")
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with the small data set, and one undisturbed run of all stages in runs/folder."""
+    """A folder with the small data set and one uninterrupted run of all stages in runs/folder."""
     folder = tmp_path_factory.mktemp("stages")
     draw_data(folder)
     for script in STAGES:
@@ -68,16 +73,17 @@ def workplace(tmp_path_factory) -> Path:
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
+    """All datasets of an HDF5 file, read whole."""
     with h5py.File(path) as file:
         return {name: dataset[:] for name, dataset in file.items()}
 
 
 @pytest.fixture(scope="session")
 def vit_b() -> Sam:
-    """segment_anything's own ViT-B with seeded random weights: the real architecture, nothing to download.
+    """segment_anything's own ViT-B, with seeded random weights so that nothing is downloaded.
 
-    Every weight gets a little noise, because what is 0 or 1 at the start (position embeddings, biases, the
-    scale of norms) would hide an error.
+    Every weight gets a little noise, because a weight that is 0 or 1 at the start (position
+    embeddings, biases, the scales of norms) would hide an error.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)

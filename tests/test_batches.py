@@ -1,4 +1,4 @@
-"""Batches that do not fit are halved, said, and tried again; nothing is lost on the way."""
+"""Batches that do not fit are halved and tried again, a line says so, and no item is lost."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,12 @@ from common.runtime.errors import UserError
 from common.runtime.settings import override
 from tests.conftest import STAGES, arrays, load_script
 
-CPU_WORDS = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+CPU_WORDS = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+             "memory: you tried to")
 
 
 def fits(most: int, error: type[RuntimeError] = torch.OutOfMemoryError):
-    """A computation that has memory for so many items, and notes what it was asked."""
+    """A computation with memory for `most` items; `asked` holds the batch sizes it was given."""
     def compute(batch: list[int]) -> list[int]:
         compute.asked.append(len(batch))
         if len(batch) > most:
@@ -31,13 +32,15 @@ def test_a_batch_that_does_not_fit_is_halved_for_good_and_said_once_a_halving(er
     assert [batch for batch, _ in found] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
     assert all(result == [item * 10 for item in batch] for batch, result in found)
     assert compute.asked == [8, 4, 2, 2, 2, 2, 2, 1]
-    assert capsys.readouterr().err.splitlines() == ["out of memory: from here on with BATCH_SIZE=4",
-                                                    "out of memory: from here on with BATCH_SIZE=2"]
+    assert capsys.readouterr().err.splitlines() == [
+        "out of memory: from here on with BATCH_SIZE=4",
+        "out of memory: from here on with BATCH_SIZE=2"]
 
 
 def test_where_there_is_room_batches_are_whole_and_nothing_is_said(capsys):
     compute = fits(4)
-    assert [batch for batch, _ in in_batches(range(9), 4, compute, "")] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    batches = [batch for batch, _ in in_batches(range(9), 4, compute, "")]
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
     assert compute.asked == [4, 4, 1] and capsys.readouterr().err == ""
 
 
@@ -56,8 +59,8 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
 
 def test_stage_1_finds_its_batch_size(workplace, monkeypatch, capsys):
     stage = load_script("01_cache_features.py")
-    override(vars(stage), [*STAGES["01_cache_features.py"], "TASK=folder", "DEVICE=cpu", "RUN_DIR=halved",
-                           "BATCH_SIZE=8"])
+    override(vars(stage), [*STAGES["01_cache_features.py"], "TASK=folder", "DEVICE=cpu",
+                           "RUN_DIR=halved", "BATCH_SIZE=8"])
     embed = SamEmbedder.embed
 
     def little_memory(self, images):

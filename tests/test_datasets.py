@@ -19,9 +19,11 @@ from common.runtime.errors import UserError
 from common.standin import scenes
 from common.tasks import TASKS, get_task, with_prompt
 
-PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [90] * 756  # VOC's first four colours, then grey
-LAYOUTS = {
-    "sbu": [("train", "SBUTrain4KRecoveredSmall/ShadowImages", "SBUTrain4KRecoveredSmall/ShadowMasks"),
+# VOC's first four colours, then grey
+PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [90] * 756
+LAYOUTS = {  # (split, folder of the images, folder of the masks)
+    "sbu": [("train", "SBUTrain4KRecoveredSmall/ShadowImages",
+             "SBUTrain4KRecoveredSmall/ShadowMasks"),
             ("test", "SBU-Test/ShadowImages", "SBU-Test/ShadowMasks")],
     "msd": [("train", "train/image", "train/mask"), ("test", "test/image", "test/mask")],
     "duts": [("train", "DUTS-TR/DUTS-TR-Image", "DUTS-TR/DUTS-TR-Mask"),
@@ -36,7 +38,7 @@ def task_of(name):
 
 
 def save(path, values, **options):
-    """values: an array, or an Image."""
+    """Writes a picture with Pillow's `options`. values: an array, or an Image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = values if isinstance(values, Image.Image) else Image.fromarray(values)
     picture.save(path, **options)
@@ -55,11 +57,13 @@ def picture(height=6, width=8, value=90):
 
 
 def pair(images, masks, name):
+    """Writes an image and its mask into two folders."""
     save(images / f"{name}.jpg", picture())
     save(masks / f"{name}.png", half())
 
 
 def make(root, name):
+    """A data set of that layout with two samples in each split."""
     for split, images, masks in LAYOUTS[name]:
         for stem in ("b", "a"):
             pair(root / images, root / masks, f"{split}_{stem}")
@@ -67,10 +71,11 @@ def make(root, name):
 
 
 def make_cuhk(root, count):
+    """A CUHK with `count` out-of-focus samples, and two pictures of the motion blur task."""
     for index in range(1, count + 1):
         pair(root / "image", root / "gt", f"out_of_focus{index:04d}")
     pair(root / "image", root / "gt", "motion0001")
-    save(root / "image" / "motion0002.jpg", picture())  # without a mask, and nobody minds
+    save(root / "image" / "motion0002.jpg", picture())  # it has no mask, and that is no error
     return root
 
 
@@ -80,12 +85,13 @@ def palette_mask(indices):
     return mask
 
 
-def make_voc(root, train=("c", "a"), test=("b",), listed_only=("unlisted",)):
+def make_voc(root, train=("c", "a"), test=("b",), unlisted=("unlisted",)):
+    """A VOC with these samples in its lists, and images that are in no list."""
     for name in (*train, *test):
         save(root / VOC / "JPEGImages" / f"{name}.jpg", picture(2, 4))
         save(root / VOC / "SegmentationClass" / f"{name}.png",
              palette_mask([[0, 1, 2, 255], [0, 0, 20, 255]]))
-    for name in listed_only:
+    for name in unlisted:
         save(root / VOC / "JPEGImages" / f"{name}.jpg", picture(2, 4))
     lists = root / VOC / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
@@ -99,13 +105,15 @@ def names(samples, split):
 
 
 def one(tmp_path, image=None, mask=None, exif=b"", mask_name="x.png"):
-    """A sample of files made here: an image and a mask (arrays or Images)."""
-    image_file = save(tmp_path / "images" / "x.jpg", picture() if image is None else image, exif=exif)
-    mask_file = save(tmp_path / "masks" / mask_name, half() if mask is None else mask)
+    """A sample whose files are written here: an image and a mask (arrays or Images)."""
+    image = picture() if image is None else image
+    mask = half() if mask is None else mask
+    image_file = save(tmp_path / "images" / "x.jpg", image, exif=exif)
+    mask_file = save(tmp_path / "masks" / mask_name, mask)
     return Sample("x", image_file, mask_file, "train")
 
 
-def labels_of(sample, task="folder"):
+def label_map_of(sample, task="folder"):
     return load_label_map(sample, task_of(task), load_image(sample.image).shape[:2])
 
 
@@ -117,12 +125,14 @@ def test_the_two_splits_are_found_in_their_authors_folders(tmp_path, name):
     _, images, masks = LAYOUTS[name][0]
     assert samples[0].image == tmp_path / images / "train_a.jpg"
     assert samples[0].mask == tmp_path / masks / "train_a.png"
-    assert labels_of(samples[0], name).tolist() == half(top=1).tolist()
+    assert label_map_of(samples[0], name).tolist() == half(top=1).tolist()
 
 
 @pytest.mark.parametrize("count, tested", [(704, 100), (20, 3), (4, 1)])
-def test_cuhk_tests_on_the_last_hundred_or_seventh_without_motion_blur(tmp_path, monkeypatch, count, tested):
-    monkeypatch.setattr(Image.Image, "save", lambda self, path: path.touch())  # listing opens no picture
+def test_cuhk_tests_on_the_last_hundred_or_seventh_without_motion_blur(
+        tmp_path, monkeypatch, count, tested):
+    # empty files will do, since listing opens no picture
+    monkeypatch.setattr(Image.Image, "save", lambda self, path: path.touch())
     samples = list_samples(get_task("cuhk"), make_cuhk(tmp_path, count))
     stems = [f"out_of_focus{index:04d}" for index in range(1, count + 1)]
     assert names(samples, "train") == stems[:-tested]
@@ -131,7 +141,8 @@ def test_cuhk_tests_on_the_last_hundred_or_seventh_without_motion_blur(tmp_path,
 
 def test_a_list_file_overrides_the_test_images_of_cuhk(tmp_path, capsys):
     make_cuhk(tmp_path, 4)
-    lines = "\ufeffout_of_focus0003\r\n\r\nimage/out_of_focus0001.jpg \r\n"  # as Windows' editor saves it
+    # as an editor on Windows saves it
+    lines = "\ufeffout_of_focus0003\r\n\r\nimage/out_of_focus0001.jpg \r\n"
     (tmp_path / "test.txt").write_bytes(lines.encode())
     samples = list_samples(get_task("cuhk"), tmp_path)
     assert [(s.split, s.name[-4:]) for s in samples] == [
@@ -141,7 +152,8 @@ def test_a_list_file_overrides_the_test_images_of_cuhk(tmp_path, capsys):
 
 def test_a_name_in_the_list_file_that_is_no_image_is_named(tmp_path):
     make_cuhk(tmp_path, 4)
-    (tmp_path / "test.txt").write_bytes(b"out_of_focus0001\nmotion0001\n\xe9\n")  # nor is it UTF-8
+    # the last line is not UTF-8 either
+    (tmp_path / "test.txt").write_bytes(b"out_of_focus0001\nmotion0001\n\xe9\n")
     with pytest.raises(UserError, match=r"test\.txt names motion0001, \ufffd,"):
         list_samples(get_task("cuhk"), tmp_path)
 
@@ -150,8 +162,10 @@ def test_a_name_in_the_list_file_that_is_no_image_is_named(tmp_path):
 def test_white_or_black_is_blurred_in_cuhk_as_the_task_says(tmp_path, capsys, white):
     task = replace(get_task("cuhk"), white_is_foreground=white)
     first = list_samples(task, make_cuhk(tmp_path, 4))[0]
-    assert f"{'white' if white else 'black'} in the masks is taken to be blurred" in capsys.readouterr().out
-    assert load_label_map(first, task, (6, 8)).tolist() == (half(top=1) if white else 1 - half(top=1)).tolist()
+    colour = "white" if white else "black"
+    assert f"{colour} in the masks is taken to be blurred" in capsys.readouterr().out
+    expected = half(top=1) if white else 1 - half(top=1)
+    assert load_label_map(first, task, (6, 8)).tolist() == expected.tolist()
 
 
 def test_only_the_names_in_vocs_lists_count(tmp_path):
@@ -200,9 +214,14 @@ def test_a_file_that_two_processes_draw_at_once_is_whole_for_both(tmp_path, monk
     path = tmp_path / "data" / "x.txt"
 
     def meanwhile(temporary):
+        """Another process starts and ends while this one writes."""
+        def in_another_file(other):
+            assert other != temporary
+            other.write_text("whole")
+
         temporary.write_text("whole")
-        monkeypatch.setattr("os.getpid", lambda: -1)  # another process starts and ends while this one writes
-        scenes.put(path, lambda other: other.write_text("whole") and other != temporary or pytest.fail("the same file"))
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        scenes.put(path, in_another_file)
         assert path.read_text() == temporary.read_text() == "whole"
 
     scenes.put(path, meanwhile)
@@ -213,8 +232,12 @@ def test_a_file_that_two_processes_draw_at_once_is_whole_for_both(tmp_path, monk
 def test_a_missing_data_set_is_told_with_its_folders_and_its_home(tmp_path, task):
     with pytest.raises(UserError) as error:
         list_samples(task, tmp_path / "nowhere")
-    expected = {"cuhk": ("image", "gt"), "voc": (f"{VOC}/JPEGImages", "Segmentation/train.txt")}.get(
-        task.dataset) or [folder for row in LAYOUTS[task.dataset] for folder in row[1:]]
+    if task.dataset == "cuhk":
+        expected = ["image", "gt"]
+    elif task.dataset == "voc":
+        expected = [f"{VOC}/JPEGImages", "Segmentation/train.txt"]
+    else:
+        expected = [folder for _, *folders in LAYOUTS[task.dataset] for folder in folders]
     assert all(folder in str(error.value) for folder in expected)
     assert "nowhere" in str(error.value)
     assert ("http" in str(error.value)) == (task.paper is not None)
@@ -225,14 +248,16 @@ def test_only_the_missing_folders_are_called_missing(tmp_path):
     for file in (tmp_path / "SBU-Test/ShadowMasks").iterdir():
         file.unlink()
     (tmp_path / "SBU-Test/ShadowMasks").rmdir()
-    with pytest.raises(UserError, match=r"has no SBU-Test/ShadowMasks: get the data set from https://www3\."):
+    sentence = r"has no SBU-Test/ShadowMasks: get the data set from https://www3\."
+    with pytest.raises(UserError, match=sentence):
         list_samples(get_task("sbu"), tmp_path)
 
 
 def test_a_missing_list_of_voc_is_named(tmp_path):
     make_voc(tmp_path)
     (tmp_path / VOC / "ImageSets/Segmentation/val.txt").unlink()
-    with pytest.raises(UserError, match=r"has no VOCdevkit/VOC2012/ImageSets/Segmentation/val\.txt:"):
+    sentence = r"has no VOCdevkit/VOC2012/ImageSets/Segmentation/val\.txt:"
+    with pytest.raises(UserError, match=sentence):
         list_samples(get_task("voc"), tmp_path)
 
 
@@ -294,7 +319,8 @@ def test_grey_and_cmyk_jpegs_come_out_as_rgb(tmp_path, mode):
 
 def test_palette_and_16_bit_pngs_come_out_as_rgb(tmp_path):
     path = save(tmp_path / "palette.png", palette_mask([[0, 1], [2, 3]]))
-    assert load_image(path).reshape(4, 3).tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    colours = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    assert load_image(path).reshape(4, 3).tolist() == colours
     path = save(tmp_path / "deep.png", np.array([[0, 0x8000, 0xFFFF]], np.uint16))
     assert load_image(path)[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
 
@@ -303,17 +329,19 @@ def test_floats_and_few_bits_in_16_are_refused_by_name_and_true_16_bits_are_not(
     bright = np.full((6, 8), 4096, np.uint16)
     assert load_image(save(tmp_path / "16.png", bright)).tolist() == picture(value=16).tolist()
     assert load_image(save(tmp_path / "8.png", half().astype(np.uint16))).max() == 255
-    for name, values in (("12.png", bright - 1), ("12.tif", (bright - 1).astype(np.int32)),
+    twelve_bits = bright - 1
+    for name, values in (("12.png", twelve_bits), ("12.tif", twelve_bits.astype(np.int32)),
                          ("float.tif", bright.astype(np.float32) / 4096)):
         path = save(tmp_path / name, values)
         with pytest.raises(UserError, match=rf"{path} .*: save it with 8 bits a channel"):
             load_image(path)
     with pytest.raises(UserError, match=r"masks/x\.png .* end at 4095"):
-        labels_of(one(tmp_path, mask=bright - 1))
+        label_map_of(one(tmp_path, mask=twelve_bits))
 
 
 # Where the stored top left corner is seen, by EXIF 2.3's table of orientations.
-SEEN_AT = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+SEEN_AT = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0),
+           5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
 
 
 def photograph(orientation):
@@ -327,10 +355,11 @@ def photograph(orientation):
 
 def seen(orientation):
     """The label map of a photograph's white corner as it is viewed."""
-    labels = np.zeros((48, 16) if orientation >= 5 else (16, 48), np.uint8)
+    label_map = np.zeros((48, 16) if orientation >= 5 else (16, 48), np.uint8)
+    edge = {0: slice(None, 8), -1: slice(-8, None)}  # the 8 pixels at either end of a side
     row, column = SEEN_AT[orientation]
-    labels[(slice(8), slice(-8, None))[row], (slice(8), slice(-8, None))[column]] = 1
-    return labels
+    label_map[edge[row], edge[column]] = 1
+    return label_map
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png"])
@@ -349,7 +378,7 @@ def test_a_mask_of_the_viewed_photograph_is_left_as_it_is(tmp_path, orientation,
     stored, exif = photograph(orientation)
     mask = 255 * seen(orientation).repeat(scale, 0).repeat(scale, 1)
     sample = one(tmp_path, stored, mask, exif)
-    assert (labels_of(sample) == seen(orientation)).all()
+    assert (label_map_of(sample) == seen(orientation)).all()
 
 
 @pytest.mark.parametrize("scale", [1, 2])
@@ -357,27 +386,29 @@ def test_a_mask_of_the_viewed_photograph_is_left_as_it_is(tmp_path, orientation,
 def test_a_mask_of_the_stored_pixels_is_turned_with_its_photograph(tmp_path, orientation, scale):
     stored, exif = photograph(orientation)
     sample = one(tmp_path, stored, stored.repeat(scale, 0).repeat(scale, 1), exif)
-    assert (labels_of(sample) == seen(orientation)).all()
+    assert (label_map_of(sample) == seen(orientation)).all()
 
 
 def test_a_nearly_square_mask_of_the_stored_pixels_is_still_turned(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # seen a quarter turn clockwise
     sample = one(tmp_path, picture(100, 101), half(100, 101), exif)
-    labels = labels_of(sample)
-    assert labels.shape == (101, 100)
-    assert labels[:50].all() and not labels[51:].any()
+    label_map = label_map_of(sample)
+    assert label_map.shape == (101, 100)
+    assert label_map[:50].all() and not label_map[51:].any()
 
 
 def test_a_mask_of_a_square_photograph_is_taken_as_viewed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert labels_of(one(tmp_path, picture(8, 8), half(8, 8), exif)).tolist() == half(8, 8, top=1).tolist()
+    sample = one(tmp_path, picture(8, 8), half(8, 8), exif)
+    assert label_map_of(sample).tolist() == half(8, 8, top=1).tolist()
 
 
 def test_the_size_is_read_from_the_header_of_a_jpeg(tmp_path, monkeypatch):
     path = save(tmp_path / "x.jpg", picture(30, 40))
-    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load",
+                        lambda self: pytest.fail("decoded"))
     assert image_size(path) == (30, 40)
 
 
@@ -410,94 +441,102 @@ def grey_palette():
 
 
 @pytest.mark.parametrize("mask", [
-    half(), half(top=128), half(top=1), half().repeat(3).reshape(6, 8, 3), bilevel(), grey_palette(),
-    half().astype(np.uint16) * 257, half(top=1).astype(np.uint16)],
-    ids=["255", "128", "0 and 1", "RGB", "1 bit", "palette", "16 bit", "16 bit, 0 and 1"])
+    pytest.param(half(), id="255"),
+    pytest.param(half(top=128), id="128"),
+    pytest.param(half(top=1), id="0 and 1"),
+    pytest.param(half().repeat(3).reshape(6, 8, 3), id="RGB"),
+    pytest.param(bilevel(), id="1 bit"),
+    pytest.param(grey_palette(), id="palette"),
+    pytest.param(half().astype(np.uint16) * 257, id="16 bit"),
+    pytest.param(half(top=1).astype(np.uint16), id="16 bit, 0 and 1"),
+])
 def test_binary_masks_of_any_mode_are_read(tmp_path, mask):
-    labels = labels_of(one(tmp_path, mask=mask))
-    assert labels.dtype == np.uint8
-    assert labels.tolist() == half(top=1).tolist()
+    label_map = label_map_of(one(tmp_path, mask=mask))
+    assert label_map.dtype == np.uint8
+    assert label_map.tolist() == half(top=1).tolist()
 
 
 def test_grey_levels_up_to_127_are_background(tmp_path):
     mask = half()
     mask[:, 4:] = 127
-    assert labels_of(one(tmp_path, mask=mask)).tolist() == half(top=1).tolist()
+    assert label_map_of(one(tmp_path, mask=mask)).tolist() == half(top=1).tolist()
 
 
 def test_a_binary_mask_that_holds_class_numbers_is_named(tmp_path):
     with pytest.raises(UserError, match=r"x\.png end at 15"):
-        labels_of(one(tmp_path, mask=half(top=15)))
+        label_map_of(one(tmp_path, mask=half(top=15)))
 
 
 @pytest.mark.parametrize("top", [1, 3])
 def test_the_noise_of_an_empty_jpeg_mask_is_background(tmp_path, top):
-    sample = one(tmp_path, mask=np.full((16, 16), top, np.uint8), image=picture(16, 16), mask_name="x.jpg")
+    mask = np.full((16, 16), top, np.uint8)
+    sample = one(tmp_path, mask=mask, image=picture(16, 16), mask_name="x.jpg")
     assert load_image(sample.mask).max() == top  # what JPEG itself makes of it
-    assert not labels_of(sample).any()
+    assert not label_map_of(sample).any()
 
 
 def test_voc_masks_are_read_as_indices_with_255_kept(tmp_path):
     sample = list_samples(get_task("voc"), make_voc(tmp_path))[0]
     with Image.open(sample.mask) as stored:
         assert stored.mode == "P"
-    assert labels_of(sample, "voc").tolist() == [[0, 1, 2, 255], [0, 0, 20, 255]]
+    assert label_map_of(sample, "voc").tolist() == [[0, 1, 2, 255], [0, 0, 20, 255]]
 
 
 def test_an_index_beyond_the_classes_is_named_with_its_file(tmp_path):
     sample = list_samples(get_task("voc"), make_voc(tmp_path))[0]
     with pytest.raises(UserError, match=r"a\.png holds the index 20,.* 1 to 6"):
-        labels_of(sample, "demo_semantic")
+        label_map_of(sample, "demo_semantic")
 
 
 def test_a_voc_mask_saved_as_colours_is_named(tmp_path):
     with pytest.raises(UserError, match=r"x\.png holds RGB pixels"):
-        labels_of(one(tmp_path, mask=picture()), "voc")
+        label_map_of(one(tmp_path, mask=picture()), "voc")
 
 
 def test_a_mask_of_another_size_is_resized_to_the_nearest_label(tmp_path):
     mask = np.array([[0, 1, 20], [255, 2, 0]], np.uint8)
-    labels = labels_of(one(tmp_path, picture(4, 6), palette_mask(mask)), "voc")
-    assert labels.tolist() == mask.repeat(2, 0).repeat(2, 1).tolist()
+    label_map = label_map_of(one(tmp_path, picture(4, 6), palette_mask(mask)), "voc")
+    assert label_map.tolist() == mask.repeat(2, 0).repeat(2, 1).tolist()
 
 
 @pytest.mark.parametrize("width, fits", [(985, True), (1015, True), (975, False), (1025, False)])
 def test_a_mask_may_differ_from_its_images_aspect_by_2_percent(tmp_path, width, fits):
     sample = one(tmp_path, picture(200, 200), half(1000, width))
     if fits:
-        assert labels_of(sample).shape == (200, 200)
+        assert label_map_of(sample).shape == (200, 200)
     else:
         with pytest.raises(UserError, match=rf"x\.png is {width} x 1000, .* x\.jpg of 200 x 200"):
-            labels_of(sample)
+            label_map_of(sample)
 
 
 def test_a_mask_that_is_no_picture_is_named(tmp_path):
     sample = one(tmp_path)
     sample.mask.write_text("polygons")
     with pytest.raises(UserError, match=r"x\.png"):
-        labels_of(sample)
+        label_map_of(sample)
 
 
-@pytest.mark.parametrize("labels, state", [
+@pytest.mark.parametrize("label_map, state", [
     ([[0, 0]], "empty"), ([[1, 1]], "full"), ([[0, 255]], "empty"), ([[3, 255]], "full"),
     ([[255, 255]], "empty")])
-def test_an_empty_or_full_training_mask_is_named(tmp_path, labels, state):
+def test_an_empty_or_full_training_mask_is_named(tmp_path, label_map, state):
     with pytest.raises(UserError, match=rf"x\.png is {state}.* x\.jpg "):
-        check_trainable(np.array(labels, np.uint8), one(tmp_path))
+        check_trainable(np.array(label_map, np.uint8), one(tmp_path))
 
 
-@pytest.mark.parametrize("labels", [[[0, 1]], [[2, 3]], [[0, 255, 20]]])
-def test_a_mask_with_something_and_something_else_can_be_trained_on(tmp_path, labels):
-    check_trainable(np.array(labels, np.uint8), one(tmp_path))
+@pytest.mark.parametrize("label_map", [[[0, 1]], [[2, 3]], [[0, 255, 20]]])
+def test_a_mask_with_something_and_something_else_can_be_trained_on(tmp_path, label_map):
+    check_trainable(np.array(label_map, np.uint8), one(tmp_path))
 
 
 def test_the_papers_tasks_have_the_papers_texts_and_branches():
     told = {task.name: (task.texts, task.branch) for task in TASKS if task.paper}
-    voc = told.pop("voc")
+    classes, branch = told.pop("voc")
     assert told == {"cuhk": (("defocus background",), "implicit"), "sbu": (("shadow",), "explicit"),
                     "msd": (("glass",), "implicit"), "duts": (("saliency object",), "implicit")}
-    assert voc[1] == "explicit" and len(voc[0]) == 20
-    assert [voc[0].index(name) + 1 for name in ("aeroplane", "cat", "person", "tvmonitor")] == [1, 8, 15, 20]
+    assert branch == "explicit" and len(classes) == 20
+    some = ("aeroplane", "cat", "person", "tvmonitor")
+    assert [classes.index(name) + 1 for name in some] == [1, 8, 15, 20]
 
 
 def test_a_folder_task_takes_its_prompt_as_text():
@@ -524,7 +563,10 @@ def test_an_unknown_task_is_answered_with_those_there_are():
 
 
 def folder_of(root, count, **masks):
-    """A folder data set of `count` training images; masks overrides the mask of an image by its name."""
+    """The samples of a folder data set of `count` training images, and the task.
+
+    masks: masks for some of the images, by their names.
+    """
     for index in range(count):
         save(root / "train" / "images" / f"i{index}.jpg", picture())
         save(root / "train" / "masks" / f"i{index}.png", masks.get(f"i{index}", half()))
@@ -535,9 +577,11 @@ def folder_of(root, count, **masks):
 
 def test_shots_are_distinct_training_images_and_a_smaller_draw_is_the_start_of_a_larger(tmp_path):
     samples, task = folder_of(tmp_path, 12)
-    ten, four, other = (draw_shots(samples, task, count, seed) for count, seed in ((10, 0), (4, 0), (10, 1)))
-    assert len({sample.name for sample, _ in ten}) == 10 and all(sample.split == "train" for sample, _ in ten)
-    assert ten[:4] == four and ten != other
+    ten = draw_shots(samples, task, 10, seed=0)
+    assert len({sample.name for sample, _ in ten}) == 10
+    assert all(sample.split == "train" for sample, _ in ten)
+    assert ten[:4] == draw_shots(samples, task, 4, seed=0)
+    assert ten != draw_shots(samples, task, 10, seed=1)
 
 
 def test_empty_and_full_masks_are_named_and_passed_over(tmp_path, capsys):
@@ -548,7 +592,8 @@ def test_empty_and_full_masks_are_named_and_passed_over(tmp_path, capsys):
     with pytest.raises(UserError, match="SHOTS=3 .* set SHOTS=2 or less"):
         draw_shots(samples, task, 3, 0)
     drawn += capsys.readouterr().out
-    (tmp_path / "train/masks/i0.png").write_bytes((tmp_path / "train/masks/i1.png").read_bytes())
+    masks = tmp_path / "train/masks"
+    (masks / "i0.png").write_bytes((masks / "i1.png").read_bytes())
     with pytest.raises(UserError, match="has 1 that can train: add training images"):
         draw_shots(samples, task, 2, 0)
     assert "i1.png is full" in drawn and "i3.png is empty" in drawn
@@ -563,10 +608,14 @@ def test_an_unreadable_mask_stops_the_draw_and_is_not_passed_over(tmp_path):
 
 def test_voc_draws_as_evenly_over_the_classes_as_the_data_allow(tmp_path):
     stems = [f"v{index}" for index in range(8)]
-    make_voc(tmp_path, train=stems, listed_only=())
-    for index, stem in enumerate(stems):  # class 1 in all, class 3 in two; in v7 class 1 is all there is
-        other = 3 if index < 2 else 0
-        mask = [[1] * 4] * 2 if index == 7 else [[1, 1, other, 255], [0, 0, 0, 255]]
+    make_voc(tmp_path, train=stems, unlisted=())
+    for index, stem in enumerate(stems):
+        if index < 2:
+            mask = [[1, 1, 3, 255], [0, 0, 0, 255]]  # classes 1 and 3
+        elif index < 7:
+            mask = [[1, 1, 0, 255], [0, 0, 0, 255]]  # class 1
+        else:
+            mask = [[1, 1, 1, 1], [1, 1, 1, 1]]  # nothing but class 1
         save(tmp_path / VOC / "SegmentationClass" / f"{stem}.png", palette_mask(mask))
     task = get_task("voc")
     drawn = draw_shots(list_samples(task, tmp_path), task, 6, 0)

@@ -1,4 +1,4 @@
-"""Constants from the command line, errors as sentences with an exit status, writes that are never half."""
+"""Constants from the command line, errors as sentences with an exit status, atomic writes."""
 
 import errno
 import os
@@ -61,11 +61,13 @@ def test_a_value_is_read_as_its_constants_type(argument, value):
 
 @pytest.mark.parametrize(
     "argument",
-    "ROUNDS=10.5 ROUNDS= LR=fast LR=nan NORM=yes SIZES=1,,2 SIZES=1.5 SRM_STEPS=other:2".split(),
+    ["ROUNDS=10.5", "ROUNDS=", "LR=fast", "LR=nan", "NORM=yes", "SIZES=1,,2", "SIZES=1.5",
+     "SRM_STEPS=other:2"],
 )
 def test_a_value_of_another_type_is_refused(argument):
     given = constants()
-    with pytest.raises(UserError, match=f"^{argument} does not read as .*ROUNDS=15.*=implicit:1,explicit:5$"):
+    sentence = f"^{argument} does not read as .*ROUNDS=15.*=implicit:1,explicit:5$"
+    with pytest.raises(UserError, match=sentence):
         override(given, ["TASK=sbu", argument])
     assert given == constants()
 
@@ -94,7 +96,8 @@ def test_help_lists_the_constants_and_exits_with_0(word, capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "Trains the agent." in printed and "NAME=value" in printed
-    assert {"ROUNDS=15", "NORM=false", "SIZES=1,2", "SRM_STEPS=implicit:1,explicit:5"} <= set(printed.split())
+    listed = {"ROUNDS=15", "NORM=false", "SIZES=1,2", "SRM_STEPS=implicit:1,explicit:5"}
+    assert listed <= set(printed.split())
 
 
 @pytest.mark.parametrize(
@@ -109,24 +112,29 @@ def test_a_constant_that_must_be_positive_is_named(name, value):
 def test_a_script_prints_one_sentence_and_exits_with_1(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from common.runtime.script import run\nROUNDS = 15\n\n\ndef main():\n    print(ROUNDS * 2)\n\n\n"
-        'if __name__ == "__main__":\n    run(main, globals())\n'
+        "from common.runtime.script import run\n"
+        "ROUNDS = 15\n\n\n"
+        "def main():\n"
+        "    print(ROUNDS * 2)\n\n\n"
+        'if __name__ == "__main__":\n'
+        "    run(main, globals())\n"
     )
 
     def call(argument):
-        command = [sys.executable, script, argument]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        return subprocess.run([sys.executable, script, argument], env=environment,
+                              capture_output=True, text=True)
 
     good, bad = call("ROUNDS=4"), call("ROUNDS=four")
     assert (good.returncode, good.stdout, good.stderr) == (0, "8\n", "")
     assert bad.returncode == 1 and bad.stdout == ""
-    assert bad.stderr == "error: ROUNDS=four does not read as a whole number; the constants are ROUNDS=15\n"
+    assert bad.stderr == ("error: ROUNDS=four does not read as a whole number; "
+                          "the constants are ROUNDS=15\n")
 
 
 @pytest.fixture
 def stopped(monkeypatch, capsys):
-    """Runs a main that raises `error`; gives the exit code and what Python would leave on stderr."""
+    """A function that runs a main which raises `error`, and returns (exit code, stderr)."""
 
     def call(error):
         def main():
@@ -148,7 +156,8 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(stopped):
 @pytest.mark.parametrize(
     ("number", "mend"),
     [(errno.ENOSPC, "free some"), (errno.EFBIG, "ulimit -f"), (errno.EROFS, "choose a folder"),
-     (errno.EACCES, "change its permissions"), (errno.EISDIR, "a folder has that name: move it away")],
+     (errno.EACCES, "change its permissions"),
+     (errno.EISDIR, "a folder has that name: move it away")],
 )
 def test_a_disk_error_names_the_path_and_the_mend(stopped, number, mend):
     code, _ = stopped(OSError(number, os.strerror(number), "runs/demo/agent.pt"))
@@ -196,9 +205,11 @@ def test_a_printed_command_can_be_pasted_into_a_shell():
     constants = {"TASK": "folder", "RUN_DIR": "my runs/a", "FEATURES": "", "SEED": 0}
     printed = command("02_train_srm.py", constants)
     assert shlex.split(printed) == ["02_train_srm.py", "TASK=folder", "RUN_DIR=my runs/a"]
-    assert command("02_train_srm.py", constants | {"RUN_DIR": "runs/a"}) == "02_train_srm.py TASK=folder RUN_DIR=runs/a"
-    assert command("03_train_agent.py", {"TASK": "msd", "RUN_DIR": "", "FEATURES": "", "SHOTS": 5, "SEED": 0},
-                   ("SHOTS", "SEED")) == "03_train_agent.py TASK=msd SHOTS=5"
+    unquoted = command("02_train_srm.py", constants | {"RUN_DIR": "runs/a"})
+    assert unquoted == "02_train_srm.py TASK=folder RUN_DIR=runs/a"
+    constants = {"TASK": "msd", "RUN_DIR": "", "FEATURES": "", "SHOTS": 5, "SEED": 0}
+    shared = command("03_train_agent.py", constants, ("SHOTS", "SEED"))
+    assert shared == "03_train_agent.py TASK=msd SHOTS=5"
 
 
 def test_a_seed_repeats_every_generator():
@@ -252,9 +263,10 @@ def test_a_full_disk_is_named_by_the_path_that_was_asked_for(tmp_path):
         temporary.symlink_to("/dev/full")
         temporary.write_bytes(b"x")
 
+    path = tmp_path / "agent.pt"
     with pytest.raises(OSError) as failure:
-        write_atomic(tmp_path / "agent.pt", write)
-    assert failure.value.errno == errno.ENOSPC and failure.value.filename == str(tmp_path / "agent.pt")
+        write_atomic(path, write)
+    assert failure.value.errno == errno.ENOSPC and failure.value.filename == str(path)
     assert os.listdir(tmp_path) == []
 
 
@@ -267,10 +279,13 @@ def test_a_file_in_a_folders_place_is_named(tmp_path, stopped):
 
 
 def test_a_second_process_on_a_run_folder_is_told_so_and_a_third_may_follow(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "from common.runtime.files import lock; from pathlib import Path; "
-         f"lock(Path({str(tmp_path)!r})); print('held', flush=True); input()"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    program = ("from pathlib import Path\n"
+               "from common.runtime.files import lock\n"
+               f"lock(Path({str(tmp_path)!r}))\n"
+               "print('held', flush=True)\n"
+               "input()\n")
+    holder = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="another process is working in"):
         lock(tmp_path)
@@ -286,9 +301,12 @@ def test_a_number_that_is_not_finite_is_named():
         require_finite({"loss": 0.5, "value_loss": float("nan")}, "in episode 3")
 
 
-def test_constants_that_a_script_imports_cannot_be_given_and_help_shows_the_comments(tmp_path, capsys):
+def test_constants_that_a_script_imports_cannot_be_given_and_help_shows_the_comments(
+        tmp_path, capsys):
     script = tmp_path / "script.py"
-    script.write_text("from other import DROP\n\nSTEPS = 600  # optimiser steps\nNAMES = (\n    'a',)  # of them\n")
+    script.write_text("from other import DROP\n\n"
+                      "STEPS = 600  # optimiser steps\n"
+                      "NAMES = (\n    'a',)  # of them\n")
     constants = {"__file__": str(script), "DROP": 0.4, "STEPS": 600, "NAMES": ("a",)}
     with pytest.raises(UserError, match="there is no constant DROP"):
         override(constants, ["DROP=0.1"])
@@ -297,4 +315,5 @@ def test_constants_that_a_script_imports_cannot_be_given_and_help_shows_the_comm
     with pytest.raises(SystemExit):
         override(constants, ["help"])
     printed = capsys.readouterr().out
-    assert "STEPS=5" in printed and "optimiser steps" in printed and "of them" in printed and "DROP" not in printed
+    assert "STEPS=5" in printed and "optimiser steps" in printed and "of them" in printed
+    assert "DROP" not in printed

@@ -1,4 +1,4 @@
-"""Stage 2 takes its samples into the states that prompting meets."""
+"""Stage 2 brings its samples into the states in which the SRM is asked during prompting."""
 
 from collections import Counter
 
@@ -21,33 +21,45 @@ def episode():
     torch.manual_seed(0)
     allowed = torch.ones(2, 100, dtype=torch.bool)
     allowed[:, 20:] = False  # the upper two rows of patches alone have truth
-    return Episode(Recorder(), torch.randn(2, 4, 10, 10), torch.rand(2, 10, 10), patch_centres(800, 80), allowed)
+    return Episode(Recorder(), torch.randn(2, 4, 10, 10), torch.rand(2, 10, 10),
+                   patch_centres(800, 80), allowed)
 
 
 def below(s_c: torch.Tensor, s_t: torch.Tensor) -> torch.Tensor:
-    """An SRM that is sure of foreground in the right half, most at the lower right, and of background elsewhere."""
+    """Stands for an SRM: foreground in the right half, background in the left.
+
+    It is most sure of both in the lowest row, at the right end and at the left end.
+    """
     logits = torch.full((len(s_t), 10, 10), -4.0)
-    logits[:, :, 5:], logits[:, 9, 9], logits[:, 9, 0] = 4.0, 9.0, -9.0
+    logits[:, :, 5:] = 4.0
+    logits[:, 9, 9] = 9.0
+    logits[:, 9, 0] = -9.0
     return logits
 
 
-LABELS = [np.pad(np.ones((1, 1), np.uint8), ((0, 9), (0, 9)))] * 2  # foreground in one corner
+# two label maps with foreground in the upper left corner only
+LABEL_MAPS = [np.pad(np.ones((1, 1), np.uint8), ((0, 9), (0, 9)))] * 2
 
 
 def test_before_any_mask_nothing_is_prompted(stage, episode):
-    stage.reach_state("no mask", episode, below, LABELS, torch.Generator().manual_seed(0))
+    stage.reach_state("no mask", episode, below, LABEL_MAPS, torch.Generator().manual_seed(0))
     assert episode.points.shape[1] == 0 and torch.equal(episode.state(), episode.embeddings)
 
 
-@pytest.mark.parametrize("kind, start", [("test-time start", [[760, 760], [40, 760]]),
-                                         ("true start", [[40, 40], None])])
-def test_points_follow_the_start_with_the_srms_labels_where_there_is_truth(stage, episode, kind, start):
-    stage.reach_state(kind, episode, below, LABELS, torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("kind, positive, negative", [
+    ("test-time start", [760, 760], [40, 760]),
+    ("true start", [40, 40], None),  # the negative one is drawn
+])
+def test_points_follow_the_start_with_the_srms_labels_where_there_is_truth(
+        stage, episode, kind, positive, negative):
+    stage.reach_state(kind, episode, below, LABEL_MAPS, torch.Generator().manual_seed(1))
     points, labels = episode.points, episode.labels
     assert points.shape[1] > 4 and labels[:, :2].tolist() == [[1, 0]] * 2
-    assert points[0, 0].tolist() == start[0] and start[1] in (None, points[0, 1].tolist())
-    assert (points[:, 2:, 1] < 160).all()  # allowed ones, each once
-    assert all(len({tuple(point) for point in its.tolist()}) == points.shape[1] - 2 for its in points[:, 2:])
+    assert points[0, 0].tolist() == positive
+    assert negative is None or points[0, 1].tolist() == negative
+    assert (points[:, 2:, 1] < 160).all()  # only allowed patches, and each of them once
+    for of_image in points[:, 2:].tolist():
+        assert len({tuple(point) for point in of_image}) == points.shape[1] - 2
     assert torch.equal(labels[:, 2:], (points[:, 2:, 0] > 400).long())
 
 
@@ -55,4 +67,5 @@ def test_kinds_of_states_are_drawn_by_their_shares(stage):
     generator = torch.Generator().manual_seed(0)
     drawn = Counter(stage.draw_kind(generator) for _ in range(5000))
     assert sum(stage.STATES.values()) == 1
-    assert {kind: count / 5000 for kind, count in drawn.items()} == pytest.approx(stage.STATES, abs=0.03)
+    shares = {kind: count / 5000 for kind, count in drawn.items()}
+    assert shares == pytest.approx(stage.STATES, abs=0.03)

@@ -206,6 +206,8 @@ def test_the_reported_miou_is_that_of_the_last_mask(workplace):
     for row, scores in results["rows"].items():
         assert scores["mIoU"] == pytest.approx(results["iou_per_round"][row][-1], abs=1e-12)
         assert scores["mIoU"] != results["iou_per_round"][row][0]
+    # each row is prompted in its own way
+    assert len({tuple(after) for after in results["iou_per_round"].values()}) == 4
 
 
 def test_stage_4_scores_the_last_mask_and_counts_no_ignored_patch_as_a_hit():

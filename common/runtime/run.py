@@ -1,6 +1,6 @@
 """What stages 2 to 4 open before they start: the cache, the device, the patches, SAM's decoder.
 
-Unlike the rest of common/runtime, this module stands on the method.
+Unlike the rest of common/runtime, this module imports the method (the modules in common/).
 """
 
 from dataclasses import dataclass
