@@ -1,1 +1,1 @@
-"""The embedded default: scenes drawn from a seed, and small stand-ins for SAM and CLIP trained on such scenes."""
+"""The demo's data and models: drawn scenes, and small stand-ins for SAM and CLIP."""

@@ -1,7 +1,8 @@
-"""The SAM stand-in: segment_anything's own prompt encoder and mask decoder, narrow, under a small convolutional one.
+"""The SAM stand-in: segment_anything's prompt encoder and mask decoder on a small encoder.
 
-A plain ViT with global attention is too slow on a CPU at this size; the convolutional encoder embeds an image in a few
-milliseconds. Everything behind the embedding is segment_anything's code, so the product prompts it exactly as SAM.
+A plain ViT with global attention is too slow on a CPU at this size. The convolutional encoder here
+embeds an image in a few milliseconds. All that follows the embedding is code of segment_anything,
+only narrower, so the stand-in is prompted in the same way as SAM.
 """
 
 from pathlib import Path
@@ -16,25 +17,31 @@ from common.runtime.errors import UserError
 
 WEIGHTS = Path(__file__).with_name("sam.safetensors")
 IMAGE_SIZE = 192  # pixels a side that the stand-in sees; SAM sees 1024
-STRIDE = 8  # pixels a cell of the embedding: a 24 x 24 grid
+STRIDE = 8  # pixels a side of one cell of the embedding, which is a 24 x 24 grid
 WIDTH = 64  # channels of the embedding; SAM has 256
 
 
 class Residual(nn.Module):
-    """x + conv(conv(x)), (B, C, h, w) to the same shape."""
+    """Two convolutions with a skip connection, (B, C, h, w) to the same shape."""
 
     def __init__(self, width: int, dilation: int = 1) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False), nn.BatchNorm2d(width))
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False),
+            nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.body(x))
 
 
 class GlobalContext(nn.Module):
-    """Adds the image's mean feature to every cell, so that a cell can tell what is common in the scene."""
+    """Adds a projection of the image's mean feature to every cell, (B, C, h, w) to the same shape.
+
+    So a cell can tell what is common in the scene.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,33 +52,41 @@ class GlobalContext(nn.Module):
 
 
 def down(before: int, after: int) -> nn.Sequential:
-    """Halves the resolution."""
-    return nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+    """Halves the resolution: (B, before, h, w) to (B, after, h / 2, w / 2)."""
+    convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU())
 
 
 class ImageEncoder(nn.Module):
-    """(B, 3, 192, 192) float, SAM's normalisation, to an embedding (B, 64, 24, 24)."""
+    """Images (B, 3, 192, 192) float, normalised as for SAM, to embeddings (B, 64, 24, 24)."""
 
-    img_size = IMAGE_SIZE  # the name by which Sam asks
+    img_size = IMAGE_SIZE  # Sam reads this name
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(down(3, 24), down(24, 48), Residual(48))  # 48 x 48
-        self.middle = nn.Sequential(down(48, 96), Residual(96), Residual(96))  # 24 x 24
-        self.deep = nn.Sequential(  # 12 x 12
-            down(96, 192), Residual(192), GlobalContext(192), Residual(192, dilation=2), GlobalContext(192),
+        self.stem = nn.Sequential(down(3, 24), down(24, 48), Residual(48))  # to 48 x 48
+        self.middle = nn.Sequential(down(48, 96), Residual(96), Residual(96))  # to 24 x 24
+        self.deep = nn.Sequential(  # to 12 x 12
+            down(96, 192), Residual(192), GlobalContext(192),
+            Residual(192, dilation=2), GlobalContext(192),
             Residual(192))
         self.lift = nn.Conv2d(192, 96, 1)
-        self.detail = nn.Conv2d(48 * 4, 96, 1)  # the 48 x 48 features that a cell covers: outlines finer than a cell
+        # the four 48 x 48 features that one cell covers, so that outlines get finer than a cell
+        self.detail = nn.Conv2d(48 * 4, 96, 1)
         self.join = nn.Sequential(GlobalContext(96), Residual(96))
-        self.neck = nn.Sequential(nn.Conv2d(96, WIDTH, 1, bias=False), LayerNorm2d(WIDTH),
-                                  nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False), LayerNorm2d(WIDTH))
+        self.neck = nn.Sequential(
+            nn.Conv2d(96, WIDTH, 1, bias=False),
+            LayerNorm2d(WIDTH),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
+            LayerNorm2d(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         fine = self.stem(x)
         middle = self.middle(fine)
-        deep = F.interpolate(self.lift(self.deep(middle)), scale_factor=2.0, mode="nearest")
-        return self.neck(self.join(F.relu(middle + deep + self.detail(F.pixel_unshuffle(fine, 2)))))
+        deep = self.lift(self.deep(middle))
+        deep = F.interpolate(deep, scale_factor=2.0, mode="nearest")
+        detail = self.detail(F.pixel_unshuffle(fine, 2))
+        return self.neck(self.join(F.relu(middle + deep + detail)))
 
 
 def new_sam() -> Sam:
@@ -79,15 +94,18 @@ def new_sam() -> Sam:
     grid = IMAGE_SIZE // STRIDE
     return Sam(
         image_encoder=ImageEncoder(),
-        prompt_encoder=PromptEncoder(embed_dim=WIDTH, image_embedding_size=(grid, grid),
-                                     input_image_size=(IMAGE_SIZE, IMAGE_SIZE), mask_in_chans=16),
+        prompt_encoder=PromptEncoder(
+            embed_dim=WIDTH, image_embedding_size=(grid, grid),
+            input_image_size=(IMAGE_SIZE, IMAGE_SIZE), mask_in_chans=16),
         mask_decoder=MaskDecoder(
-            num_multimask_outputs=3, transformer_dim=WIDTH, iou_head_depth=3, iou_head_hidden_dim=WIDTH,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=WIDTH, mlp_dim=4 * WIDTH, num_heads=4)))
+            num_multimask_outputs=3, transformer_dim=WIDTH,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=WIDTH, mlp_dim=4 * WIDTH,
+                                          num_heads=4),
+            iou_head_depth=3, iou_head_hidden_dim=WIDTH))
 
 
 def build_sam() -> Sam:
-    """The trained stand-in, in evaluation mode. Raises UserError where its weights are missing."""
+    """The trained stand-in, float32 and in evaluation mode. Raises UserError without weights."""
     if not WEIGHTS.exists():
         raise UserError(f"{WEIGHTS} is missing: restore it from the repository or train it with "
                         "`make standin`")

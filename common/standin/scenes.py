@@ -1,10 +1,12 @@
-"""Synthetic photographs-in-miniature, deterministic from a seed.
+"""Small synthetic pictures, each determined by its seed.
 
-A scene is a textured ground with objects of six kinds on it. Light casts soft shadows, a mirror may reflect the rest
-of the scene, parts may be out of focus, some objects stand out in colour and others hide. `write_dataset` writes them
-as five data sets in the on-disk layouts of the five benchmarks, so that the demo runs the code that real data run.
+A scene is a textured ground with objects of six kinds on it. They cast soft shadows. A mirror may
+reflect the rest of the scene, parts may be out of focus, some objects stand out in colour and
+others hide. `write_dataset` writes scenes as five data sets in the on-disk layouts of the five
+benchmarks, so that the demo runs the same code as real data.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,15 +20,24 @@ from tqdm import tqdm
 from common.runtime.errors import UserError
 
 SIZE = 256  # pixels a side of a scene
-KINDS = ("star", "ring", "cross", "leaf", "brick", "ball")  # what demo_semantic calls its classes, in palette order
-SURFACES = ("plain", "stripes", "checks", "dots", "veins", "mortar", "gloss", "noise")  # how anything may be painted
-TYPICAL_SURFACE = {"star": "dots", "ring": "stripes", "cross": "checks", "leaf": "veins", "brick": "mortar",
-                   "ball": "gloss"}
-EFFECTS = ("semantic", "shadow", "mirror", "blur", "saliency")  # demo_<effect> is the task that asks for it
-COLOURS = {"red": (200, 50, 45), "orange": (225, 135, 40), "yellow": (220, 200, 60), "green": (70, 150, 60),
-           "cyan": (60, 175, 180), "blue": (55, 85, 190), "purple": (130, 65, 165), "pink": (220, 120, 165),
-           "brown": (120, 80, 50), "grey": (140, 140, 140), "white": (225, 225, 220), "black": (45, 45, 48)}
-MIN_AREA = 60  # visible pixels below which an object no longer counts: what is nearly hidden can't be labelled
+# The kinds of objects, in palette order. demo_semantic uses these names for its classes.
+KINDS = ("star", "ring", "cross", "leaf", "brick", "ball")
+# The ways in which an object or the ground may be painted.
+SURFACES = ("plain", "stripes", "checks", "dots", "veins", "mortar", "gloss", "noise")
+GROUND_SURFACE_SHARES = (0.2, 0.06, 0.06, 0.06, 0.06, 0.06, 0.0, 0.5)  # in the order of SURFACES
+TYPICAL_SURFACE = {
+    "star": "dots", "ring": "stripes", "cross": "checks", "leaf": "veins", "brick": "mortar",
+    "ball": "gloss",
+}
+EFFECTS = ("semantic", "shadow", "mirror", "blur", "saliency")  # the target of demo_<effect>
+COLOURS = {
+    "red": (200, 50, 45), "orange": (225, 135, 40), "yellow": (220, 200, 60),
+    "green": (70, 150, 60), "cyan": (60, 175, 180), "blue": (55, 85, 190),
+    "purple": (130, 65, 165), "pink": (220, 120, 165), "brown": (120, 80, 50),
+    "grey": (140, 140, 140), "white": (225, 225, 220), "black": (45, 45, 48),
+}
+MIN_AREA = 60  # visible pixels; an object that shows fewer is hidden and gets no label
+GRID_Y, GRID_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)  # pixel coordinates, (S, S) each
 
 
 @dataclass
@@ -40,8 +51,11 @@ class Thing:
 
 @dataclass
 class Scene:
-    """image (S, S, 3) uint8; instances (S, S) uint8, 0 = ground, i = things[i - 1]; surface (S, S) uint8, index into
-    SURFACES; shadow, mirror, blur (S, S) bool."""
+    """A picture and its ground truth.
+
+    image: (S, S, 3) uint8. instances: (S, S) uint8, 0 = ground, i = things[i - 1]. surface:
+    (S, S) uint8, index into SURFACES. shadow, mirror, blur: (S, S) bool.
+    """
     image: np.ndarray
     things: list[Thing]
     instances: np.ndarray
@@ -51,7 +65,10 @@ class Scene:
     blur: np.ndarray
 
     def labels(self, effect: str) -> np.ndarray:
-        """The ground truth of `demo_<effect>`: (S, S) uint8, 0 or 1; for "semantic" 0 or 1 + index into KINDS."""
+        """The label map of `demo_<effect>`, (S, S) uint8.
+
+        Its values are 0 and 1; for "semantic" they are 0 and 1 + the index into KINDS.
+        """
         if effect in ("shadow", "mirror", "blur"):
             return getattr(self, effect).astype(np.uint8)
         if effect == "saliency":
@@ -61,21 +78,23 @@ class Scene:
         return np.array(values, np.uint8)[self.instances]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# outlines and surfaces: functions of local coordinates u, v (the object's own frame, about -1..1)
+# -------------------------------------------------------------------------------------------------
+# Outlines and surfaces. u, v are coordinates in the object's own frame, from about -1 to 1.
 
 def outline(kind: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Boolean inside-test of the kind's outline, each drawn a little differently."""
+    """Which places lie inside an object of that kind, bool. Each one is drawn a bit differently."""
     rho, theta = np.hypot(u, v), np.arctan2(v, u)
-    rho = rho * (1 + rng.uniform(0, 0.07) * np.sin(rng.integers(2, 5) * theta + rng.uniform(0, 6.3)))
+    amplitude, folds, phase = rng.uniform(0, 0.07), rng.integers(2, 5), rng.uniform(0, 6.3)
+    rho = rho * (1 + amplitude * np.sin(folds * theta + phase))
     if kind == "star":
-        phase = np.abs((theta * 5 / (2 * np.pi)) % 1 - 0.5) * 2  # 0 in the notches, 1 at the tips
-        return rho < rng.uniform(0.4, 0.5) + 0.55 * phase
+        tip = np.abs((theta * 5 / (2 * np.pi)) % 1 - 0.5) * 2  # 0 in the notches, 1 at the tips
+        return rho < rng.uniform(0.4, 0.5) + 0.55 * tip
     if kind == "ring":
         return (rho < 1) & (rho > rng.uniform(0.45, 0.6))
     if kind == "cross":
         arm = rng.uniform(0.28, 0.38)
-        return ((np.abs(u) < arm) & (np.abs(v) < 1)) | ((np.abs(v) < arm) & (np.abs(u) < 1))
+        upright = (np.abs(u) < arm) & (np.abs(v) < 1)
+        return upright | ((np.abs(v) < arm) & (np.abs(u) < 1))
     if kind == "leaf":
         return np.abs(v) < rng.uniform(0.4, 0.55) * (1 - u * u)
     if kind == "brick":
@@ -83,8 +102,12 @@ def outline(kind: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -
     return rho < 0.85  # ball
 
 
-def paint(surface: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
-    """Brightness modulation about 0 of a surface at local coordinates; `scale` stretches the pattern."""
+def paint(surface: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator,
+          scale: float = 1.0) -> np.ndarray:
+    """How much brighter or darker a surface is at each place: a factor minus 1, about 0.
+
+    `scale` stretches the pattern.
+    """
     u, v = u / scale + rng.uniform(0, 1), v / scale + rng.uniform(0, 1)
     depth = rng.uniform(0.16, 0.3)
     if surface == "plain":
@@ -92,24 +115,31 @@ def paint(surface: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator, 
     if surface == "stripes":
         return depth * np.sign(np.sin(rng.uniform(9, 13) * u))
     if surface == "checks":
-        k = rng.uniform(7, 10)
-        return depth * np.sign(np.sin(k * u) * np.sin(k * v))
+        frequency = rng.uniform(7, 10)
+        return depth * np.sign(np.sin(frequency * u) * np.sin(frequency * v))
     if surface == "dots":
-        k = rng.uniform(9, 13)
-        return depth * np.where(np.cos(k * u) * np.cos(k * v) > 0.35, 1.3, -0.4)
+        frequency = rng.uniform(9, 13)
+        dot = np.cos(frequency * u) * np.cos(frequency * v) > 0.35
+        return depth * np.where(dot, 1.3, -0.4)
     if surface == "veins":
-        return depth * np.where(np.abs(np.sin(8 * (u + np.abs(v - 0.5)))) > 0.85, -1.5, 0.3)
+        vein = np.abs(np.sin(8 * (u + np.abs(v - 0.5)))) > 0.85
+        return depth * np.where(vein, -1.5, 0.3)
     if surface == "mortar":
         row = np.floor(v * 4)
-        gap = (np.abs(v * 4 % 1 - 0.5) > 0.4) | (np.abs((u * 2.5 + 0.5 * row) % 1 - 0.5) > 0.44)
-        return depth * np.where(gap, 1.6, -0.2)
+        between_rows = np.abs(v * 4 % 1 - 0.5) > 0.4
+        between_bricks = np.abs((u * 2.5 + 0.5 * row) % 1 - 0.5) > 0.44
+        return depth * np.where(between_rows | between_bricks, 1.6, -0.2)
     if surface == "gloss":
-        return 0.75 * np.exp(-((u - 0.2) ** 2 + (v - 0.1) ** 2) / 0.18) - 0.3 * np.hypot(u - 0.2, v - 0.1)
+        highlight = np.exp(-((u - 0.2) ** 2 + (v - 0.1) ** 2) / 0.18)
+        return 0.75 * highlight - 0.3 * np.hypot(u - 0.2, v - 0.1)
     return noise(u.shape, rng, coarse=4) * depth * 1.5
 
 
 def noise(shape: tuple[int, int], rng: np.random.Generator, coarse: int) -> np.ndarray:
-    """Smooth noise in about -1..1: random values on a coarse grid and on one four times finer, upsampled."""
+    """Smooth noise from about -1 to 1, float32 of that shape.
+
+    It is the sum of random values on a grid of `coarse` cells a side and on one four times finer.
+    """
     total = np.zeros(shape, np.float32)
     for cells, weight in ((coarse, 0.6), (coarse * 4, 0.4)):
         grid = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
@@ -118,139 +148,264 @@ def noise(shape: tuple[int, int], rng: np.random.Generator, coarse: int) -> np.n
 
 
 def soften(mask: np.ndarray, radius: float) -> np.ndarray:
-    """(S, S) float in 0..1: the mask with a soft edge of about `radius` pixels."""
+    """The mask (S, S) bool with a soft edge of about `radius` pixels, float32 in [0, 1]."""
     picture = Image.fromarray((mask * 255).astype(np.uint8))
     return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a scene
+def turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """The coordinates x, y in a frame that is turned by `angle`, in radians."""
+    return x * np.cos(angle) + y * np.sin(angle), -x * np.sin(angle) + y * np.cos(angle)
 
-def draw_scene(rng: np.random.Generator, effect: str | None = None) -> Scene:
-    """Draws one scene. `effect` makes sure that it can be asked for (a mirror is there, ...); None mixes them all."""
-    wanted = rng.choice(EFFECTS) if effect is None else effect
-    has = {name: rng.random() < chance for name, chance in
-           (("shadow", 0.35), ("mirror", 0.2), ("blur", 0.15), ("saliency", 0.3))}
-    has[wanted] = True
-    if wanted != "blur":
-        has["blur"] &= effect is None  # elsewhere defocus would only hide the target
-    grid_y, grid_x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
-    # ground: one or two painted surfaces
-    ground_colours = rng.choice(list(COLOURS), 2, replace=False)
-    canvas = np.zeros((SIZE, SIZE, 3), np.float32)
-    surface = np.zeros((SIZE, SIZE), np.uint8)
-    angle, offset = rng.uniform(0, np.pi), rng.uniform(0.25, 0.75) * SIZE
-    side = (grid_x - SIZE / 2) * np.sin(angle) + (grid_y - SIZE / 2) * np.cos(angle) + SIZE / 2 > offset
-    for part, name in ((np.ones_like(side), ground_colours[0]), (side, ground_colours[1])):
-        kind = rng.choice(SURFACES, p=(0.2, 0.06, 0.06, 0.06, 0.06, 0.06, 0.0, 0.5))
-        tone = 0.55 * np.array(COLOURS[name]) + 0.45 * rng.uniform(70, 190)  # grounds are less colourful than things
-        turn = rng.uniform(0, np.pi)
-        u = (grid_x * np.cos(turn) + grid_y * np.sin(turn)) / SIZE * 4
-        v = (-grid_x * np.sin(turn) + grid_y * np.cos(turn)) / SIZE * 4
-        pattern = 0.6 * paint(str(kind), u, v, rng, scale=rng.uniform(0.8, 2)) + 0.1 * noise((SIZE, SIZE), rng, 8)
-        canvas[part] = (tone * (1 + pattern[..., None]))[part]
-        surface[part] = SURFACES.index(str(kind))
-        if rng.random() < 0.5:
-            break
+# -------------------------------------------------------------------------------------------------
+# A scene. A scene is a function of the random numbers in their order: to reorder draws is to change
+# every scene, so raise GENERATOR (below) if you do.
 
-    light = rng.uniform(0, 2 * np.pi)
-    throw = np.array([np.cos(light), np.sin(light)])
-    instances = np.zeros((SIZE, SIZE), np.uint8)
-    shadow = np.zeros((SIZE, SIZE), bool)
-    mirror = np.zeros((SIZE, SIZE), bool)
-    blur = np.zeros((SIZE, SIZE), bool)
-    things: list[Thing] = []
-    dark = rng.uniform(0.42, 0.62)
+class Drawing:
+    """A scene while it is drawn: at first the bare ground, then what the methods add to it.
 
-    def cast(inside: np.ndarray, reach: float) -> None:
-        """Darkens what lies under the shadow of `inside`, thrown `reach` pixels away from the light."""
-        dx, dy = np.round(throw * reach).astype(int)
+    What is drawn later stands in front. canvas: (S, S, 3) float32 in 0..255. The other maps are
+    those of `Scene`.
+    """
+
+    def __init__(self, rng: np.random.Generator, casts_shadows: bool) -> None:
+        self.rng, self.casts_shadows = rng, casts_shadows
+        self.canvas = np.zeros((SIZE, SIZE, 3), np.float32)
+        self.surface = np.zeros((SIZE, SIZE), np.uint8)
+        self.instances = np.zeros((SIZE, SIZE), np.uint8)
+        self.shadow = np.zeros((SIZE, SIZE), bool)
+        self.mirror = np.zeros((SIZE, SIZE), bool)
+        self.blur = np.zeros((SIZE, SIZE), bool)
+        self.things: list[Thing] = []
+
+        self.ground_colours = rng.choice(list(COLOURS), 2, replace=False)
+        self._paint_ground()
+        light = rng.uniform(0, 2 * np.pi)
+        self.throw = np.array([np.cos(light), np.sin(light)])  # unit vector away from the light
+        self.darkness = rng.uniform(0.42, 0.62)  # brightness of a full shadow
+
+    def _paint_ground(self) -> None:
+        """Paints the whole ground, and half of the time another surface on one side of a line."""
+        rng = self.rng
+        angle, offset = rng.uniform(0, np.pi), rng.uniform(0.25, 0.75) * SIZE
+        across = (GRID_X - SIZE / 2) * np.sin(angle) + (GRID_Y - SIZE / 2) * np.cos(angle)
+        side = across + SIZE / 2 > offset
+        for part, colour in zip((np.ones_like(side), side), self.ground_colours):
+            surface = str(rng.choice(SURFACES, p=GROUND_SURFACE_SHARES))
+            # grounds are less colourful than things
+            tone = 0.55 * np.array(COLOURS[colour]) + 0.45 * rng.uniform(70, 190)
+            u, v = turned(GRID_X, GRID_Y, rng.uniform(0, np.pi))
+            u, v = u / SIZE * 4, v / SIZE * 4
+            pattern = 0.6 * paint(surface, u, v, rng, scale=rng.uniform(0.8, 2))
+            pattern = pattern + 0.1 * noise((SIZE, SIZE), rng, 8)
+            self.canvas[part] = (tone * (1 + pattern[..., None]))[part]
+            self.surface[part] = SURFACES.index(surface)
+            if rng.random() < 0.5:
+                break
+
+    def _own_frame(self, radius: float, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates u, v (S, S) of an object at that place, turned and stretched at random."""
+        turn, stretch = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(0.8, 1.2)
+        along, across = turned(GRID_X - centre[0], GRID_Y - centre[1], turn)
+        return along / (radius * stretch), across / (radius / stretch)
+
+    def _cast(self, inside: np.ndarray, reach: float) -> None:
+        """Darkens what lies in the shadow of `inside` (S, S) bool.
+
+        reach: how far the shadow is thrown, in pixels.
+        """
+        dx, dy = np.round(self.throw * reach).astype(int)
         moved = np.zeros_like(inside)
         moved[max(dy, 0):SIZE + min(dy, 0), max(dx, 0):SIZE + min(dx, 0)] = \
             inside[max(-dy, 0):SIZE + min(-dy, 0), max(-dx, 0):SIZE + min(-dx, 0)]
-        strength = soften(moved, rng.uniform(1.0, 2.2))
-        strength *= ~shadow  # one light: shadows do not add up
-        canvas[:] *= (1 - (1 - dark) * strength)[..., None]
-        shadow[:] |= strength > 0.5
+        strength = soften(moved, self.rng.uniform(1.0, 2.2))
+        strength *= ~self.shadow  # there is one light: shadows do not add up
+        self.canvas *= (1 - (1 - self.darkness) * strength)[..., None]
+        self.shadow |= strength > 0.5
 
-    def place(thing: Thing | None, radius: float, centre: np.ndarray) -> None:
-        """Draws one object (None: only the shadow of something outside the picture)."""
-        turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.2)
-        dx, dy = grid_x - centre[0], grid_y - centre[1]
-        u = (dx * np.cos(turn) + dy * np.sin(turn)) / (radius * stretch)
-        v = (-dx * np.sin(turn) + dy * np.cos(turn)) / (radius / stretch)
-        inside = outline(thing.kind if thing else str(rng.choice(KINDS)), u, v, rng)
-        if has["shadow"]:
-            cast(inside, radius * rng.uniform(0.5, 1.1) if thing else 0)
-        if thing is None:
-            return
+    def place(self, thing: Thing, radius: float, centre: np.ndarray) -> None:
+        """Draws an object of `radius` pixels at `centre` (x, y)."""
+        rng = self.rng
+        u, v = self._own_frame(radius, centre)
+        inside = outline(thing.kind, u, v, rng)
+        if self.casts_shadows:
+            self._cast(inside, radius * rng.uniform(0.5, 1.1))
         alpha = soften(inside, 0.6)[..., None]
-        pattern = paint(thing.surface, u, v, rng) + 0.15 * (u * throw[0] + v * throw[1]) * -1  # soft shading
+        shading = u * self.throw[0] + v * self.throw[1]
+        pattern = paint(thing.surface, u, v, rng) + 0.15 * shading * -1
         tone = np.array(COLOURS[thing.colour]) * rng.uniform(0.85, 1.1) + rng.normal(0, 6, 3)
-        canvas[:] = canvas * (1 - alpha) + tone * (1 + pattern[..., None]) * alpha
-        things.append(thing)
-        instances[inside] = len(things)
-        surface[inside] = SURFACES.index(thing.surface)
-        shadow[inside] = mirror[inside] = blur[inside] = False
+        self.canvas[:] = self.canvas * (1 - alpha) + tone * (1 + pattern[..., None]) * alpha
+        self.things.append(thing)
+        self.instances[inside] = len(self.things)
+        self.surface[inside] = SURFACES.index(thing.surface)
+        for effect in (self.shadow, self.mirror, self.blur):
+            effect[inside] = False
 
-    # what stands on it: a few kinds, several of each, far to near
+    def cast_from_outside(self, radius: float, centre: np.ndarray) -> None:
+        """Draws only the shadow of something that stands outside the picture."""
+        u, v = self._own_frame(radius, centre)
+        kind = str(self.rng.choice(KINDS))
+        self._cast(outline(kind, u, v, self.rng), 0)
+
+    def place_panes(self) -> None:
+        """Draws one or two framed panes: a mirror, and perhaps a painting, which looks like one."""
+        rng = self.rng
+        before = self.canvas.copy()
+        for index in range(int(rng.integers(1, 3))):
+            centre, turn = rng.uniform(60, SIZE - 60, 2), rng.uniform(-0.4, 0.4)
+            half = rng.uniform(26, 62, 2)
+            u, v = turned(GRID_X - centre[0], GRID_Y - centre[1], turn)
+            u, v = u / half[0], v / half[1]
+            is_round = rng.random() < 0.4
+            reach = np.hypot(u, v) if is_round else np.maximum(np.abs(u), np.abs(v))
+            pane = reach < 1
+            frame = (reach < 1 + 5 / half.min()) & ~pane
+            self.canvas[frame] = self._any_colour() * rng.uniform(0.6, 1)
+            if index == 0:
+                shift = int(rng.integers(40, SIZE - 40))
+                flipped = np.roll(before[:, ::-1], shift, axis=1)
+                bluish = np.array((200, 215, 230))  # as glass is, a little
+                self.canvas[pane] = (0.8 * flipped + 0.2 * bluish)[pane]
+                self.surface[pane] = np.roll(self.surface[:, ::-1], shift, axis=1)[pane]
+                self.mirror[pane] = True
+            else:
+                surface = str(rng.choice(SURFACES))
+                tone = self._any_colour()
+                self.canvas[pane] = (tone * (1 + paint(surface, u, v, rng)[..., None]))[pane]
+                self.surface[pane] = SURFACES.index(surface)
+                self.mirror[pane] = False
+            self.mirror[frame] = False
+            self.instances[pane | frame] = 0
+            self.shadow[pane | frame] = False
+
+    def _any_colour(self) -> np.ndarray:
+        return np.array(COLOURS[str(self.rng.choice(list(COLOURS)))])
+
+    def defocus_all(self) -> None:
+        """Puts all that is drawn so far out of focus."""
+        self.canvas[:] = self._defocused()
+        self.blur[:] = True
+
+    def defocus_region(self) -> None:
+        """Puts one side of the picture out of focus, beyond a wavy line."""
+        along, _ = turned(GRID_X - SIZE / 2, GRID_Y - SIZE / 2, self.rng.uniform(0, 2 * np.pi))
+        wavy = along + 12 * noise((SIZE, SIZE), self.rng, 3)
+        self._defocus_softly(wavy > self.rng.uniform(-30, 50))
+
+    def defocus_objects(self) -> None:
+        """Puts half of the objects out of focus."""
+        half = max(1, len(self.things) // 2)
+        numbers = self.rng.choice(len(self.things), half, replace=False) + 1
+        self._defocus_softly(np.isin(self.instances, numbers))
+
+    def _defocus_softly(self, region: np.ndarray) -> None:
+        self.blur[:] = region
+        alpha = soften(region, 1.0)[..., None]
+        self.canvas[:] = self.canvas * (1 - alpha) + self._defocused() * alpha
+
+    def _defocused(self) -> np.ndarray:
+        picture = Image.fromarray(self.canvas.clip(0, 255).astype(np.uint8))
+        lens = ImageFilter.GaussianBlur(self.rng.uniform(2.2, 4.5))
+        return np.asarray(picture.filter(lens), np.float32)
+
+    def finish(self) -> Scene:
+        """Adds a gradient of light and the noise of a sensor, and forgets hidden objects."""
+        from_centre = (GRID_X - SIZE / 2) * self.throw[0] + (GRID_Y - SIZE / 2) * self.throw[1]
+        shade = 1 + 0.12 * from_centre / -SIZE
+        sensor_noise = self.rng.normal(0, self.rng.uniform(1.5, 4), self.canvas.shape)
+        image = (self.canvas * shade[..., None] + sensor_noise).clip(0, 255).astype(np.uint8)
+        scene = Scene(image, self.things, self.instances, self.surface, self.shadow, self.mirror,
+                      self.blur)
+        return _drop_hidden(scene)
+
+
+def draw_scene(rng: np.random.Generator, effect: str | None = None) -> Scene:
+    """Draws one scene.
+
+    `effect` makes sure that there is something to ask for (with "mirror", a mirror). None mixes
+    all effects.
+    """
+    has = _choose_effects(rng, effect)
+    drawing = Drawing(rng, has["shadow"])
+    plan = _plan_things(rng, has, drawing.ground_colours)
+    spots = _spread(len(plan), rng)
+    if has["shadow"] and rng.random() < 0.4:
+        drawing.cast_from_outside(rng.uniform(40, 80), rng.uniform(0, SIZE, 2))
+
+    # Objects are drawn from far to near. The nearest ones stand in front of the mirror, or in
+    # focus in front of a blurred scene.
+    near = int(rng.integers(1, 4))
+    for index, ((thing, radius), spot) in enumerate(zip(plan, spots)):
+        if index == len(plan) - near:
+            if has["mirror"]:
+                drawing.place_panes()
+            blurred_part = rng.choice(("behind", "region", "objects"))
+            if has["blur"] and blurred_part == "behind":
+                drawing.defocus_all()
+        drawing.place(thing, radius, spot)
+    if has["blur"] and blurred_part == "region":
+        drawing.defocus_region()
+    if has["blur"] and blurred_part == "objects":
+        drawing.defocus_objects()
+    return drawing.finish()
+
+
+def _choose_effects(rng: np.random.Generator, effect: str | None) -> dict[str, bool]:
+    """Which effects the scene has: the one asked for (or any one), and others by chance."""
+    wanted = rng.choice(EFFECTS) if effect is None else effect
+    chances = {"shadow": 0.35, "mirror": 0.2, "blur": 0.15, "saliency": 0.3}
+    has = {name: rng.random() < chance for name, chance in chances.items()}
+    has[wanted] = True
+    if effect not in (None, "blur"):
+        has["blur"] = False  # in the other tasks defocus would only hide the target
+    return has
+
+
+def _plan_things(rng: np.random.Generator, has: dict[str, bool],
+                 ground_colours: np.ndarray) -> list[tuple[Thing, float]]:
+    """5 to 10 objects, each with its radius in pixels: a few kinds, several objects of each."""
     kinds = rng.choice(KINDS, rng.integers(2, 5), replace=False)
     count = int(rng.integers(5, 11))
-    hiding = [name for name in COLOURS if _distance(name, ground_colours[0]) < 110] or [ground_colours[0]]
-    loud = [name for name in COLOURS if min(_distance(name, ground) for ground in ground_colours) > 150] or ["white"]
+
+    def distance_to_grounds(colour: str) -> float:
+        return min(_distance(colour, ground) for ground in ground_colours)
+
+    hiding = [name for name in COLOURS if _distance(name, ground_colours[0]) < 110]
+    loud = [name for name in COLOURS if distance_to_grounds(name) > 150] or ["white"]
     loud_colours = rng.choice(loud, min(2, len(loud)), replace=False)
     loud_count = int(rng.integers(1, 4)) if has["saliency"] else 0
+
     plan = []
     for index in range(count):
         kind = str(rng.choice(kinds))
         salient = index < loud_count
-        if has["saliency"]:
-            colour = str(rng.choice(loud_colours)) if salient else str(rng.choice(hiding))
-            radius = rng.uniform(20, 42) if salient else rng.uniform(12, 30)
+        if salient:
+            colour, radius = str(rng.choice(loud_colours)), rng.uniform(20, 42)
+        elif has["saliency"]:
+            colour, radius = str(rng.choice(hiding)), rng.uniform(12, 30)
         else:
-            colour = "black" if has["shadow"] and rng.random() < 0.3 else str(rng.choice(list(COLOURS)))
-            radius = float(rng.choice([rng.uniform(11, 20), rng.uniform(20, 45)], p=(0.55, 0.45)))
-        painted = TYPICAL_SURFACE[kind] if rng.random() < 0.75 else str(rng.choice(SURFACES))
-        plan.append((Thing(kind, colour, painted, salient), radius))
+            as_dark_as_shadow = has["shadow"] and rng.random() < 0.3
+            colour = "black" if as_dark_as_shadow else str(rng.choice(list(COLOURS)))
+            small, large = rng.uniform(11, 20), rng.uniform(20, 45)
+            radius = float(rng.choice([small, large], p=(0.55, 0.45)))
+        is_typical = rng.random() < 0.75
+        surface = TYPICAL_SURFACE[kind] if is_typical else str(rng.choice(SURFACES))
+        plan.append((Thing(kind, colour, surface, salient), radius))
     rng.shuffle(plan)
-    spots = _spread(len(plan), rng)
-
-    if has["shadow"] and rng.random() < 0.4:
-        place(None, rng.uniform(40, 80), rng.uniform(0, SIZE, 2))
-    near = int(rng.integers(1, 4))  # how many objects stand before the mirror, or in focus before a blurred scene
-    for index, ((thing, radius), spot) in enumerate(zip(plan, spots)):
-        if index == len(plan) - near:
-            if has["mirror"]:
-                _mirrors(canvas, mirror, instances, shadow, surface, rng, grid_x, grid_y)
-            style = rng.choice(("behind", "region", "objects"))
-            if has["blur"] and style == "behind":
-                canvas[:] = _defocus(canvas, rng)
-                blur[:] = True
-        place(thing, radius, spot)
-    if has["blur"] and style != "behind":
-        if style == "region":
-            turn = rng.uniform(0, 2 * np.pi)
-            along = (grid_x - SIZE / 2) * np.cos(turn) + (grid_y - SIZE / 2) * np.sin(turn)
-            blur[:] = along + 12 * noise((SIZE, SIZE), rng, 3) > rng.uniform(-30, 50)
-        else:
-            shown = rng.choice(len(things), max(1, len(things) // 2), replace=False) + 1
-            blur[:] = np.isin(instances, shown)
-        alpha = soften(blur, 1.0)[..., None]
-        canvas[:] = canvas * (1 - alpha) + _defocus(canvas, rng) * alpha
-
-    # light over all, sensor noise
-    shade = 1 + 0.12 * ((grid_x - SIZE / 2) * throw[0] + (grid_y - SIZE / 2) * throw[1]) / -SIZE
-    canvas = canvas * shade[..., None] + rng.normal(0, rng.uniform(1.5, 4), canvas.shape)
-    return _drop_hidden(Scene(canvas.clip(0, 255).astype(np.uint8), things, instances, surface, shadow, mirror, blur))
+    return plan
 
 
 def _distance(one: str, other: str) -> float:
+    """How far apart two colours of COLOURS are, as the length of their difference in RGB."""
     return float(np.linalg.norm(np.subtract(COLOURS[one], COLOURS[other], dtype=np.float64)))
 
 
 def _spread(count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` centres that keep apart: of ten random ones each, the one farthest from those before."""
+    """`count` places (x, y) that keep apart, (count, 2).
+
+    Each one is the farthest from those before it among ten random places.
+    """
     spots = [rng.uniform(20, SIZE - 20, 2)]
     for _ in range(count - 1):
         tries = rng.uniform(14, SIZE - 14, (10, 2))
@@ -259,41 +414,8 @@ def _spread(count: int, rng: np.random.Generator) -> np.ndarray:
     return np.array(spots)
 
 
-def _defocus(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    return np.asarray(picture.filter(ImageFilter.GaussianBlur(rng.uniform(2.2, 4.5))), np.float32)
-
-
-def _mirrors(canvas, mirror, instances, shadow, surface, rng, grid_x, grid_y) -> None:
-    """One or two framed panes. One shows the flipped scene (the mirror); a second may be a painting, the decoy."""
-    before = canvas.copy()
-    for index in range(int(rng.integers(1, 3))):
-        centre, turn = rng.uniform(60, SIZE - 60, 2), rng.uniform(-0.4, 0.4)
-        half = rng.uniform(26, 62, 2)
-        u = ((grid_x - centre[0]) * np.cos(turn) + (grid_y - centre[1]) * np.sin(turn)) / half[0]
-        v = (-(grid_x - centre[0]) * np.sin(turn) + (grid_y - centre[1]) * np.cos(turn)) / half[1]
-        reach = np.hypot(u, v) if rng.random() < 0.4 else np.maximum(np.abs(u), np.abs(v))
-        pane, frame = reach < 1, (reach < 1 + 5 / half.min()) & (reach >= 1)
-        canvas[frame] = np.array(COLOURS[str(rng.choice(list(COLOURS)))]) * rng.uniform(0.6, 1)
-        if index == 0:
-            shift = int(rng.integers(40, SIZE - 40))
-            flipped = np.roll(before[:, ::-1], shift, axis=1)
-            canvas[pane] = (0.8 * flipped + 0.2 * np.array((200, 215, 230)))[pane]  # glass is a little bluish
-            surface[pane] = np.roll(surface[:, ::-1], shift, axis=1)[pane]
-            mirror[pane] = True
-        else:
-            kind = str(rng.choice(SURFACES))
-            tone = np.array(COLOURS[str(rng.choice(list(COLOURS)))])
-            canvas[pane] = (tone * (1 + paint(kind, u, v, rng)[..., None]))[pane]
-            surface[pane] = SURFACES.index(kind)
-            mirror[pane] = False
-        mirror[frame] = False
-        instances[pane | frame] = 0
-        shadow[pane | frame] = False
-
-
 def _drop_hidden(scene: Scene) -> Scene:
-    """Forgets objects of which too little can be seen, and renumbers the rest."""
+    """Forgets objects of which fewer than MIN_AREA pixels show, and renumbers the others."""
     areas = np.bincount(scene.instances.ravel(), minlength=len(scene.things) + 1)
     kept = [i for i in range(1, len(scene.things) + 1) if areas[i] >= MIN_AREA]
     renumber = np.zeros(len(scene.things) + 1, np.uint8)
@@ -304,9 +426,14 @@ def _drop_hidden(scene: Scene) -> Scene:
 
 
 def draw_for_task(effect: str, split: str, index: int, seed: int = 0) -> Scene:
-    """Scene `index` of demo_<effect>; redrawn until its target covers 1 to 75 % of it, so that it can be asked for."""
+    """Scene `index` of demo_<effect>; split is "train" or "test".
+
+    It is drawn again until its target covers 1 to 75 % of it, so that it can be asked for. Raises
+    RuntimeError if that fails 100 times.
+    """
     for attempt in range(100):
-        entropy = [seed, 1, EFFECTS.index(effect), ("train", "test").index(split), index, attempt]
+        split_number = ("train", "test").index(split)
+        entropy = [seed, 1, EFFECTS.index(effect), split_number, index, attempt]
         scene = draw_scene(np.random.default_rng(entropy), effect)
         share = (scene.labels(effect) > 0).mean()
         if 0.01 <= share <= 0.75:
@@ -315,22 +442,31 @@ def draw_for_task(effect: str, split: str, index: int, seed: int = 0) -> Scene:
 
 
 def draw_for_training(index: int, seed: int = 0) -> Scene:
-    """Scene `index` for training the stand-ins. Its seeds are never those of a demo task (second number 0, not 1)."""
+    """Scene `index` for training the stand-ins.
+
+    Its seed is never that of a demo task, because the second number is 0 here and 1 there.
+    """
     return draw_scene(np.random.default_rng([seed, 0, index]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data sets on disk
+# -------------------------------------------------------------------------------------------------
+# Data sets on disk
 
 TRAIN_SCENES, TEST_SCENES = 120, 240
-GENERATOR = 1  # to be raised with every change to the scenes, so that old ones on a disk are not taken for new ones
-PALETTE = [0, 0, 0, 220, 60, 60, 60, 160, 220, 230, 190, 60, 80, 170, 80, 150, 90, 60, 160, 100, 200]  # RGB, 7 entries
+# Raise this with every change to the scenes, so that old ones on a disk are not used as new ones.
+GENERATOR = 1
+PALETTE = [0, 0, 0, 220, 60, 60, 60, 160, 220, 230, 190, 60, 80, 170, 80, 150, 90, 60,
+           160, 100, 200]  # RGB, 7 entries
 
 
 def paths(effect: str, split: str, index: int) -> tuple[str, str]:
-    """Where the benchmark's own layout keeps scene `index`: its image and its mask, below the data folder."""
+    """Where the benchmark's own layout keeps the image and the mask of scene `index`.
+
+    Both paths are relative to the data folder.
+    """
     name = f"{'tr' if split == 'train' else 'te'}{index:04d}"
-    if effect == "blur":  # CUHK: one folder; the last 100 by name are its test set unless test.txt lists others
+    if effect == "blur":
+        # CUHK has one folder; its test set are the last 100 names unless test.txt lists others
         number = index + 1 + (TRAIN_SCENES if split == "test" else 0)
         return f"image/out_of_focus{number:04d}.jpg", f"gt/out_of_focus{number:04d}.png"
     if effect == "shadow":
@@ -341,16 +477,18 @@ def paths(effect: str, split: str, index: int) -> tuple[str, str]:
     if effect == "saliency":
         folder = "DUTS-TR" if split == "train" else "DUTS-TE"
         return f"{folder}/{folder}-Image/{name}.jpg", f"{folder}/{folder}-Mask/{name}.png"
-    return f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg", f"VOCdevkit/VOC2012/SegmentationClass/{name}.png"
+    folder = "VOCdevkit/VOC2012"
+    return f"{folder}/JPEGImages/{name}.jpg", f"{folder}/SegmentationClass/{name}.png"
 
 
 def put(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write(temporary path)` make the file, then puts it in `path`'s place, so that nobody reads half of it.
+    """Calls `write(temporary path)`, then moves that file to `path`: no reader meets half a file.
 
-    Unlike files.write_atomic for two processes that write the same file at once, and without waiting for the disk,
-    which for thousands of pictures would take long.
+    It differs from files.write_atomic in two ways. Two processes may write the same file at once,
+    and it does not wait for the disk, which would take long for thousands of pictures.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # hidden: what a kill leaves of it is no picture
+    # The name begins with a dot, so a file that a kill leaves behind is not listed as a picture.
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)
@@ -359,36 +497,48 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def put_text(path: Path, text: str) -> None:
+    put(path, functools.partial(Path.write_text, data=text))
+
+
 def write_scene(job: tuple[str, str, int, Path]) -> str:
-    """Draws and writes one scene; returns its name."""
+    """Draws and writes one scene of a job (effect, split, index, folder); returns its name."""
     effect, split, index, folder = job
     image_path, mask_path = (folder / path for path in paths(effect, split, index))
     scene = draw_for_task(effect, split, index)
-    labels = Image.fromarray(scene.labels(effect) * (1 if effect == "semantic" else 255))
+    mask = Image.fromarray(scene.labels(effect) * (1 if effect == "semantic" else 255))
     if effect == "semantic":
-        labels.putpalette(PALETTE)
-    put(image_path, lambda temporary: Image.fromarray(scene.image).save(temporary, quality=92))
-    put(mask_path, labels.save)
+        mask.putpalette(PALETTE)
+    put(image_path, functools.partial(Image.fromarray(scene.image).save, quality=92))
+    put(mask_path, mask.save)
     return image_path.stem
 
 
 def write_dataset(effect: str, folder: Path) -> None:
-    """Writes demo_<effect> below `folder`, unless it is there whole. The last file written marks it as whole."""
+    """Writes demo_<effect> to `folder`, unless all of it is there.
+
+    The last file written, scenes.txt, says that the data set is complete. Raises UserError if the
+    folder was drawn by another version of the generator.
+    """
     mark = folder / "scenes.txt"
-    told = f"{TRAIN_SCENES} training and {TEST_SCENES} test scenes of demo_{effect}, drawn by generator {GENERATOR}\n"
+    description = (f"{TRAIN_SCENES} training and {TEST_SCENES} test scenes of demo_{effect}, "
+                   f"drawn by generator {GENERATOR}\n")
     if mark.exists():
-        if mark.read_text() != told:
-            raise UserError(f"{folder} was drawn by another version of the scene generator: delete the folder")
+        if mark.read_text() != description:
+            raise UserError(f"{folder} was drawn by another version of the scene generator: "
+                            "delete the folder")
         return
-    jobs = [(effect, split, index, folder) for split, count in (("train", TRAIN_SCENES), ("test", TEST_SCENES))
-            for index in range(count)]
+    jobs = [(effect, "train", index, folder) for index in range(TRAIN_SCENES)]
+    jobs += [(effect, "test", index, folder) for index in range(TEST_SCENES)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        names = list(tqdm(pool.map(write_scene, jobs, chunksize=8), f"drawing demo_{effect}", total=len(jobs)))
-    training, test = ("\n".join(some) + "\n" for some in (names[:TRAIN_SCENES], names[TRAIN_SCENES:]))
+        drawn = pool.map(write_scene, jobs, chunksize=8)
+        names = list(tqdm(drawn, f"drawing demo_{effect}", total=len(jobs)))
+    training_names = "\n".join(names[:TRAIN_SCENES]) + "\n"
+    test_names = "\n".join(names[TRAIN_SCENES:]) + "\n"
     if effect == "blur":
-        put(folder / "test.txt", lambda temporary: temporary.write_text(test))
+        put_text(folder / "test.txt", test_names)
     if effect == "semantic":
         lists = folder / "VOCdevkit/VOC2012/ImageSets/Segmentation"
-        put(lists / "train.txt", lambda temporary: temporary.write_text(training))
-        put(lists / "val.txt", lambda temporary: temporary.write_text(test))
-    put(mark, lambda temporary: temporary.write_text(told))
+        put_text(lists / "train.txt", training_names)
+        put_text(lists / "val.txt", test_names)
+    put_text(mark, description)

@@ -1,1 +1,1 @@
-"""How the stand-ins were trained."""
+"""The training of the stand-ins."""

@@ -1,9 +1,10 @@
-"""What the SAM stand-in's embedding has to tell beside masks: nameless facts about each place.
+"""A second task for the SAM stand-in's encoder: facts about each place that name nothing.
 
-SAM's encoder starts from masked pretraining and then sees a billion masks, so its features know more than edges: how a
-surface looks, which things are shaped alike. A small encoder that learns from clicks alone knows edges only. So each
-cell of the embedding is asked, through a linear head, how the place is painted, for statistics of the image around it,
-and for the shape of the thing that it lies on. Names of kinds, shadows, mirrors, blur and saliency are never asked for.
+SAM's encoder starts from masked pretraining and then sees a billion masks, so its features know
+more than edges: how a surface looks, and which things have the same shape. A small encoder that
+learns from clicks alone knows edges only. Therefore a linear head asks each cell of the embedding
+how the place is painted, for statistics of the image around it, and for the shape of the thing
+there. It never asks for the names of kinds, nor for shadows, mirrors, blur or saliency.
 """
 
 import os
@@ -18,92 +19,134 @@ from torch.nn import functional as F
 from common.standin.model import STRIDE
 from common.standin.scenes import SURFACES
 
-SHAPE = 11  # numbers that `shape_of` gives
-STATISTICS = 15  # numbers that `statistics` gives
-CENTRE = 12  # an offset to the centre, in shares of the image, times this varies about as the other numbers do
-OUTLINE = 2  # weight of the outline beside the other three losses
+SHAPE = 11  # length of what `shape_of` returns
+STATISTICS = 15  # channels of what `statistics` returns
+# Offsets to the centre are shares of the image. Times this they vary about as the other numbers do.
+CENTRE = 12
+OUTLINE = 2  # weight of the shape loss; the other three losses have weight 1
 CHANNELS = len(SURFACES) + STATISTICS + 1 + SHAPE  # of the linear head
+LEAST_PIXELS = 12  # a thing of which fewer show has no shape
 
 
 def shape_of(mask: np.ndarray) -> np.ndarray:
-    """(11,) float: centre, size and outline of a mask (S, S) bool by its moments, whatever it is called.
+    """Centre, size and outline of a mask (S, S) bool, float32 (11,). The kind does not matter.
 
-    The outline is described in coordinates with the mask's second moments taken out (so that neither size nor stretch
-    count): kurtosis of the radius, share of a hole, how much of the area within its greatest radius is filled, and the
-    strength of its 3- to 6-fold symmetries.
+    In order: the centre's x and y as shares of the image, log area (as a share too), log
+    elongation, kurtosis of the radius, area of the holes, area relative to an ellipse of the
+    greatest radius, and the strength of the 3-, 4-, 5- and 6-fold symmetries. From the kurtosis on,
+    the mask's second moments are taken out first, so that neither size nor stretch counts.
     """
     y, x = np.nonzero(mask)
-    side = mask.shape[0]
-    cy, cx = y.mean(), x.mean()
-    centred = np.stack([x - cx, y - cy])
-    covariance = centred @ centred.T / len(x) + np.eye(2) / 12
-    values, vectors = np.linalg.eigh(covariance)
-    u = vectors.T @ centred / np.sqrt(values)[:, None]
-    rho, theta = np.hypot(*u), np.arctan2(u[1], u[0])
+    area, side = len(x), mask.shape[0]
+    centre_x, centre_y = x.mean(), y.mean()
+    centred = np.stack([x - centre_x, y - centre_y])
+    pixel = np.eye(2) / 12  # a pixel's own second moments
+    variances, axes = np.linalg.eigh(centred @ centred.T / area + pixel)
+
+    # whitened coordinates
+    u, v = axes.T @ centred / np.sqrt(variances)[:, None]
+    rho, theta = np.hypot(u, v), np.arctan2(v, u)
     squares = (rho ** 2).mean()
-    folds = [np.hypot((rho ** 2 * np.cos(m * theta)).mean(), (rho ** 2 * np.sin(m * theta)).mean()) / squares
-             for m in (3, 4, 5, 6)]
+    kurtosis = (rho ** 4).mean() / squares ** 2
+    symmetries = []
+    for fold in (3, 4, 5, 6):
+        cosine, sine = np.cos(fold * theta), np.sin(fold * theta)
+        strength = np.hypot((rho ** 2 * cosine).mean(), (rho ** 2 * sine).mean())
+        symmetries.append(strength / squares)
+
     box = mask[y.min():y.max() + 1, x.min():x.max() + 1]
-    hole = ndimage.binary_fill_holes(box).sum() / len(x) - 1
-    fill = len(x) / (np.pi * np.quantile(rho, 0.98) ** 2 * np.sqrt(values.prod()))
-    return np.array([(cx + 0.5) / side, (cy + 0.5) / side, np.log(len(x) / side ** 2), np.log(values[1] / values[0]),
-                     (rho ** 4).mean() / squares ** 2, hole, fill, *folds], np.float32)
+    holes = ndimage.binary_fill_holes(box).sum() / area - 1
+    greatest_radius = np.quantile(rho, 0.98)
+    filled = area / (np.pi * greatest_radius ** 2 * np.sqrt(variances.prod()))
+    return np.array([(centre_x + 0.5) / side, (centre_y + 0.5) / side, np.log(area / side ** 2),
+                     np.log(variances[1] / variances[0]), kurtosis, holes, filled, *symmetries],
+                    np.float32)
 
 
 def shapes_of_scene(instances: np.ndarray) -> list[np.ndarray]:
-    """`shape_of` things 1, 2, ... in instances (S, S) uint8; NaN for things of fewer than 12 visible pixels."""
-    masks = [instances == index for index in range(1, int(instances.max()) + 1)]
-    return [shape_of(mask) if mask.sum() >= 12 else np.full(SHAPE, np.nan, np.float32) for mask in masks]
+    """`shape_of` for things 1, 2, ... of instances (S, S) uint8; NaN where too little shows."""
+    shapes = []
+    for number in range(1, int(instances.max()) + 1):
+        mask = instances == number
+        is_seen = mask.sum() >= LEAST_PIXELS
+        shapes.append(shape_of(mask) if is_seen else np.full(SHAPE, np.nan, np.float32))
+    return shapes
 
 
 def shapes_of_scenes(instances: np.ndarray) -> np.ndarray:
-    """(N, most + 1, 11) float32 for instances (N, S, S) uint8: row i of a scene is its thing i, NaN where there is
-    none. All numbers but the centre (the first two) are standardised over all things."""
+    """The shapes of all things of N scenes, for instances (N, S, S) uint8.
+
+    Returns float32 (N, most things + 1, 11). Row i of a scene is its thing i, and NaN where there
+    is none. All numbers but the first two, the centre, are standardised over all things.
+    """
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(shapes_of_scene, instances, chunksize=64))
-    shapes = np.full((len(rows), 1 + max(map(len, rows)), SHAPE), np.nan, np.float32)
+    most = max(len(things) for things in rows)
+    shapes = np.full((len(rows), 1 + most, SHAPE), np.nan, np.float32)
     for scene, things in zip(shapes, rows):
-        for index, thing in enumerate(things, 1):
-            scene[index] = thing
-    spread = shapes[..., 2:]
-    spread[:] = (spread - np.nanmean(spread, (0, 1))) / np.nanstd(spread, (0, 1))
+        for number, thing in enumerate(things, 1):
+            scene[number] = thing
+    outlines = shapes[..., 2:]
+    outlines[:] = (outlines - np.nanmean(outlines, (0, 1))) / np.nanstd(outlines, (0, 1))
     return shapes
 
 
 def statistics(images: Tensor) -> Tensor:
-    """(B, 3, S, S) float in 0..255 to (B, 15, g, g): each cell's mean colour, that less the image's mean, log contrast
-    in three bands over the cell and over 5 x 5 cells, and over 3 x 3 cells the sharpest edge, the range, and their
-    ratio (how sharp the edges are, whatever their height)."""
-    pixels = images / 64 - 2
-    mean = F.avg_pool2d(pixels, STRIDE)
-    grey = pixels.mean(1, keepdim=True)
-    smooth = [grey] + [F.avg_pool2d(grey, k, 1, k // 2, count_include_pad=False) for k in (3, 7, 15)]
-    bands = torch.cat([(a - b).abs() for a, b in zip(smooth, smooth[1:])], 1)
-    energy = F.avg_pool2d(bands, STRIDE)
-    around = F.avg_pool2d(energy, 5, 1, 2, count_include_pad=False)
-    window = {"kernel_size": 3 * STRIDE, "stride": STRIDE, "padding": STRIDE}
-    calm = smooth[1]
-    edge = (F.max_pool2d((calm[..., 1:] - calm[..., :-1]).abs(), **window, ceil_mode=True),
-            F.max_pool2d((calm[..., 1:, :] - calm[..., :-1, :]).abs(), **window, ceil_mode=True))
-    edge = torch.maximum(*edge)
-    span = F.max_pool2d(calm, **window) + F.max_pool2d(-calm, **window)
-    edge, span = (edge + 0.01).log(), (span + 0.03).log()
-    return torch.cat([mean, mean - mean.mean((2, 3), keepdim=True), (energy + 0.01).log(), (around + 0.01).log(),
-                      edge, span, edge - span], 1)
+    """Statistics of images (B, 3, S, S) float in 0..255 at each cell, (B, 15, g, g).
 
-
-def loss(answers: Tensor, images: Tensor, instances: Tensor, surfaces: Tensor, shapes: Tensor) -> Tensor:
-    """How badly a linear head's answers (B, CHANNELS, g, g) tell what is there, a scalar.
-
-    images (B, 3, S, S) float in 0..255; instances and surfaces (B, g, g) int64 at the cells' centres; shapes (B, n, 11)
-    as `shapes_of_scenes` gives them.
+    In order: the cell's mean colour (3) and that less the image's mean (3); log contrast in three
+    bands over the cell (3) and over 5 x 5 cells (3); and over 3 x 3 cells the log of the steepest
+    edge, the log of the range, and their difference, which tells how sharp the edges are whatever
+    their height.
     """
-    paint, numbers, thing, outline = answers.split((len(SURFACES), STATISTICS, 1, SHAPE), 1)
-    of_cell = shapes[torch.arange(len(shapes), device=shapes.device)[:, None, None], instances].permute(0, 3, 1, 2)
-    cells = (torch.arange(instances.shape[1], device=shapes.device) + 0.5) / instances.shape[1]
-    offset = CENTRE * torch.stack([of_cell[:, 0] - cells[None, None], of_cell[:, 1] - cells[None, :, None]], 1)
-    truth = torch.cat([offset, of_cell[:, 2:]], 1)
+    pixels = images / 64 - 2
+    colour = F.avg_pool2d(pixels, STRIDE)
+    colour_less_mean = colour - colour.mean((2, 3), keepdim=True)
+
+    grey = pixels.mean(1, keepdim=True)
+    smooth = [F.avg_pool2d(grey, k, 1, k // 2, count_include_pad=False) for k in (3, 7, 15)]
+    bands = [(fine - coarse).abs() for fine, coarse in zip([grey, *smooth], smooth)]
+    contrast = F.avg_pool2d(torch.cat(bands, 1), STRIDE)
+    contrast_around = F.avg_pool2d(contrast, 5, 1, 2, count_include_pad=False)
+
+    window = {"kernel_size": 3 * STRIDE, "stride": STRIDE, "padding": STRIDE}
+    calm = smooth[0]  # single noisy pixels make no edge
+    step_x = (calm[..., 1:] - calm[..., :-1]).abs()
+    step_y = (calm[..., 1:, :] - calm[..., :-1, :]).abs()
+    edge = torch.maximum(F.max_pool2d(step_x, **window, ceil_mode=True),
+                         F.max_pool2d(step_y, **window, ceil_mode=True))
+    span = F.max_pool2d(calm, **window) + F.max_pool2d(-calm, **window)
+    log_edge, log_span = (edge + 0.01).log(), (span + 0.03).log()
+    return torch.cat([colour, colour_less_mean, (contrast + 0.01).log(),
+                      (contrast_around + 0.01).log(), log_edge, log_span, log_edge - log_span], 1)
+
+
+def loss(answers: Tensor, images: Tensor, instances: Tensor, surfaces: Tensor,
+         shapes: Tensor) -> Tensor:
+    """How far the head's answers (B, CHANNELS, g, g) are from the truth, a scalar.
+
+    images: (B, 3, S, S) float in 0..255. instances, surfaces: (B, g, g) int64, at the cells'
+    centres. shapes: (B, n, 11) as from `shapes_of_scenes`. The head answers, in this order, with
+    logits of the surface, the statistics, a logit of "a thing is here", and the thing's shape, in
+    which offsets from the cell stand in place of the centre. Cells without a thing, or with one
+    that has no shape, do not count in the shape loss.
+    """
+    sections = (len(SURFACES), STATISTICS, 1, SHAPE)
+    surface, numbers, thing, shape = answers.split(sections, 1)
+
+    scene = torch.arange(len(shapes), device=shapes.device)[:, None, None]
+    shape_of_cell = shapes[scene, instances].permute(0, 3, 1, 2)
+    grid = instances.shape[1]
+    cells = (torch.arange(grid, device=shapes.device) + 0.5) / grid  # their middles
+    offset_x = shape_of_cell[:, 0] - cells[None, None]
+    offset_y = shape_of_cell[:, 1] - cells[None, :, None]
+    offset = CENTRE * torch.stack([offset_x, offset_y], 1)
+    truth = torch.cat([offset, shape_of_cell[:, 2:]], 1)
     known = ~truth[:, :1].isnan()
-    return (F.cross_entropy(paint, surfaces) + F.mse_loss(numbers, statistics(images))
-            + F.binary_cross_entropy_with_logits(thing[:, 0], (instances > 0).float())
-            + OUTLINE * ((outline - truth.nan_to_num()) ** 2 * known).sum() / (SHAPE * known.sum()).clamp(min=1))
+    squares = (shape - truth.nan_to_num()) ** 2 * known
+
+    surface_loss = F.cross_entropy(surface, surfaces)
+    statistics_loss = F.mse_loss(numbers, statistics(images))
+    thing_loss = F.binary_cross_entropy_with_logits(thing[:, 0], (instances > 0).float())
+    shape_loss = squares.sum() / (SHAPE * known.sum()).clamp(min=1)
+    return surface_loss + statistics_loss + thing_loss + OUTLINE * shape_loss

@@ -1,4 +1,8 @@
-"""Scenes for training the stand-ins, drawn once: a scene takes tens of milliseconds to draw and is seen many times."""
+"""Keeps the scenes on which the stand-ins are trained.
+
+To draw a scene takes tens of milliseconds, and training sees each one many times. So they are drawn
+once and kept in a folder.
+"""
 
 import json
 import os
@@ -13,35 +17,53 @@ from tqdm import tqdm
 from common.standin.model import IMAGE_SIZE
 from common.standin.scenes import draw_for_training
 
-FIELDS = ("instances", "surface", "shadow", "mirror", "blur")
+FIELDS = ("instances", "surface", "shadow", "mirror", "blur")  # the maps of a Scene
 
 
 def draw_small(index: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
-    """Training scene `index` at the stand-in's size: image (s, s, 3), the five FIELDS (5, s, s) uint8, its things."""
+    """Training scene `index` at the size that the stand-in sees, s = IMAGE_SIZE.
+
+    Returns the image (s, s, 3) uint8, the maps (5, s, s) uint8 in the order of FIELDS, and the
+    scene's things as dicts.
+    """
     scene = draw_for_training(index)
-    side = (IMAGE_SIZE, IMAGE_SIZE)
-    image = np.asarray(Image.fromarray(scene.image).resize(side, Image.BILINEAR))
-    maps = [np.asarray(Image.fromarray(getattr(scene, name).astype(np.uint8)).resize(side, Image.NEAREST))
-            for name in FIELDS]
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    image = np.asarray(Image.fromarray(scene.image).resize(size, Image.BILINEAR))
+    maps = []
+    for name in FIELDS:
+        full_size = Image.fromarray(getattr(scene, name).astype(np.uint8))
+        maps.append(np.asarray(full_size.resize(size, Image.NEAREST)))
     return image, np.stack(maps), [asdict(thing) for thing in scene.things]
 
 
 def load_scenes(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[list[dict]]]:
-    """(count, s, s, 3) uint8 images, (count, 5, s, s) uint8 maps, things a scene; drawn on all cores if not there."""
+    """The first `count` training scenes; they are drawn on all cores if the folder has none.
+
+    Returns images (count, s, s, 3) uint8 and maps (count, 5, s, s) uint8, both memory-mapped, and
+    the things of each scene. Exits with a message if the folder holds fewer scenes.
+    """
     if not (folder / "things.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
-        maps = np.lib.format.open_memmap(folder / "maps.npy", "w+", np.uint8,
-                                         (count, len(FIELDS), IMAGE_SIZE, IMAGE_SIZE))
-        things = []
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            drawn = pool.map(draw_small, range(count), chunksize=16)
-            for index, (image, layers, inventory) in enumerate(tqdm(drawn, "drawing scenes", total=count)):
-                images[index], maps[index] = image, layers
-                things.append(inventory)
-        (folder / "things.json").write_text(json.dumps(things))
+        draw_scenes(folder, count)
     things = json.loads((folder / "things.json").read_text())
     if len(things) < count:
-        raise SystemExit(f"{folder} holds {len(things)} scenes, {count} are asked for: delete it to draw them anew")
-    return (np.load(folder / "images.npy", mmap_mode="r")[:count], np.load(folder / "maps.npy", mmap_mode="r")[:count],
-            things[:count])
+        raise SystemExit(f"{folder} holds {len(things)} scenes, but {count} are needed: "
+                         "delete the folder to draw them again")
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    maps = np.load(folder / "maps.npy", mmap_mode="r")
+    return images[:count], maps[:count], things[:count]
+
+
+def draw_scenes(folder: Path, count: int) -> None:
+    """Draws training scenes 0 to `count` - 1. things.json is written last: then all is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    side = IMAGE_SIZE
+    open_memmap = np.lib.format.open_memmap
+    images = open_memmap(folder / "images.npy", "w+", np.uint8, (count, side, side, 3))
+    maps = open_memmap(folder / "maps.npy", "w+", np.uint8, (count, len(FIELDS), side, side))
+    things = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(draw_small, range(count), chunksize=16)
+        for index, scene in enumerate(tqdm(drawn, "drawing scenes", total=count)):
+            images[index], maps[index], things_of_scene = scene
+            things.append(things_of_scene)
+    (folder / "things.json").write_text(json.dumps(things))
