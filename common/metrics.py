@@ -22,7 +22,7 @@ from torch import Tensor
 from common.datasets import IGNORE
 from common.runtime.errors import UserError
 
-# What a metric is called of one image: what its mean over images is called.
+# {name of a metric of one image: name of its mean over images}
 METRICS = {"IoU": "mIoU", "F": "F", "BER": "BER", "E": "E", "MAE": "MAE"}
 
 iou = IOUHandler(False, False)
@@ -81,7 +81,10 @@ def evaluate_mask(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 
 def overlap(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """The IoU of `evaluate_mask` alone, which is much faster; for the rounds before the last."""
+    """The IoU of `evaluate_mask` alone, without the time that the other metrics take.
+
+    It is computed for the rounds before the last.
+    """
     known = truth != IGNORE
     foreground = truth == 1
     union = np.count_nonzero((prediction & known) | foreground)

@@ -110,6 +110,30 @@ def test_the_srm_learns_before_any_mask_and_before_each_step(rolled_out):
     assert rolled_out.learnt_after == [0, *range(2, 2 + ROUNDS)]
 
 
+def test_the_srm_learns_in_the_states_of_the_samples_whose_truth_it_is_given(monkeypatch):
+    stage, steps = load_script("03_train_agent.py"), []
+    monkeypatch.setattr(stage, "SRM_BATCH", 3)
+    monkeypatch.setattr(stage, "train_step", lambda *given: steps.append(given) or (0.0, 1.0))
+    torch.manual_seed(0)
+    episode = Episode(Alternating(), torch.rand(6, 4, 10, 10), torch.rand(6, 10, 10),
+                      patch_centres(800, 80))
+    episode.mask, truth = torch.rand(6, 10, 10), torch.rand(6, 10, 10)
+    shots = SimpleNamespace(
+        samples=range(6), truth=truth,
+        targets=lambda rows, every_text, generator: (episode.maps[rows], truth[rows]))
+    learner = Learner(srm, None, None, None, "the SRM's optimiser")
+    recipe = {"srm_steps": 4, "every_text": False}
+    stage.train_srm(learner, episode, shots, recipe, torch.Generator().manual_seed(0))
+    batches = set()
+    for its_srm, optimizer, s_c, s_t, y, _ in steps:
+        rows = [int((truth == one).all(2).all(1).nonzero()) for one in y]
+        assert torch.equal(s_c, episode.embeddings[rows] * episode.maps[rows][:, None])
+        assert torch.equal(s_t, episode.embeddings[rows] * episode.mask[rows][:, None])
+        assert its_srm is srm and optimizer == "the SRM's optimiser" and len(set(rows)) == 3
+        batches.add(tuple(rows))
+    assert len(steps) == 4 and len(batches) > 1
+
+
 class Stop(Exception):
     """Ends a stage's main where a test has seen enough."""
 
