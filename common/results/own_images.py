@@ -1,16 +1,21 @@
-"""Masks for images of one's own, by a trained run: no ground truth, no cache, any size, any format of Pillow's."""
+"""Masks for images of one's own, by a trained run.
+
+There is no ground truth and no cache. Images may be of any size and of any format that Pillow
+reads.
+"""
 
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -27,31 +32,193 @@ from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
 from common.runtime.files import write_atomic
 
-Align = Callable[[torch.Tensor, torch.Tensor], Episode]
+# AlignSAM's prompting of embeddings (B, C, h, w) with maps (B, h, w): the episode as it ended
+Align = Callable[[Tensor, Tensor], Episode]
 
+
+def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...],
+            classes: tuple[str, ...], align: Align, srm: nn.Module, device: torch.device,
+            run: dict) -> None:
+    """Segments every image of a folder. For an image photo.jpg it writes below `out`:
+
+    photo.png           the binary mask, 0 or 255, of the image's own size
+    overlays/photo.png  the image with its mask and points
+    masks.jsonl         a line on each mask; lines of masks that earlier calls made stay
+
+    With several texts the first two are called photo-<text>.png, and photo-classes.png is an
+    indexed picture: 0 = nothing, k = the k-th text. Where masks overlap, it shows the one of the
+    highest SRM probability.
+
+    A call that was stopped goes on where it was, and files that could not be read are done once
+    they are mended; see `Progress`.
+
+    attributes: of the run's cache, from which SAM and CLIP are loaded.
+    texts: what the run knows. classes: which of them to look for, or ("all",).
+    align: AlignSAM's prompting. srm: the SRM that it uses.
+    run: what tells this run from others, for JSON.
+
+    Raises UserError where a model is not the cache's; where two images' files would have one name,
+    in this folder or with an earlier one; where an image's features are not finite or do not fit
+    into memory; and at the end where files could not be read.
+    """
+    folder = Path(images).expanduser()
+    paths, chosen = find_images(folder), choose_texts(texts, classes)
+    words = [texts[text] for text in chosen]
+    names = name_files(paths, [*words, "classes"] if len(texts) > 1 else [])
+    progress = Progress(out, str(folder.resolve()))
+    progress.require_free(names)
+    frozen = load_models(attributes, texts, device)
+    progress.go_on(paths, {"classes": chosen, **run})
+
+    answer = partial(segment_one, frozen, align, chosen)
+    left, broken = [path for path in paths if path.name not in progress.images], []
+    for path in tqdm(left, "segmenting", initial=len(progress.images), total=len(paths)):
+        try:
+            image = load_image(path)
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            broken.append(path.name)
+            continue
+        mend = f"set DEVICE=cpu, or make {path} smaller"
+        [(_, (episode, masks))] = in_batches([(path, image)], 1, answer, mend)
+        about = {"folder": progress.folder, "image": path.name}
+        lines = write_masks(out, names[path], words, image, masks, episode, frozen.frame, about)
+        if len(texts) > 1:
+            save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), chosen))
+        progress.add(path, lines)
+
+    print(f"wrote masks of {len(paths) - len(broken)} images to {out}")
+    if broken:
+        some = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+        raise UserError(f"{len(broken)} of {len(paths)} files could not be read ({some}): mend or "
+                        "remove them; the other images are done")
+    progress.end()
+
+
+# ---- what is asked for
 
 def find_images(folder: Path) -> list[Path]:
-    """The files in `folder` itself whose name ends as a format that Pillow reads. Raises UserError if none."""
+    """The files in `folder` itself whose name ends as a format that Pillow reads.
+
+    Raises UserError if there are none.
+    """
     if not folder.is_dir():
         raise UserError(f"IMAGES={folder} is no folder: name the folder that holds your images")
     Image.init()
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = sorted(path for path in folder.iterdir()
-                   if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."))
+    formats = Image.registered_extensions().items()
+    readable = {suffix for suffix, kind in formats if kind in Image.OPEN}
+    found = [path for path in folder.iterdir() if path.is_file()
+             and path.suffix.lower() in readable and not path.name.startswith(".")]
     if not found:
-        raise UserError(f"IMAGES={folder} holds no image: name a folder with files such as photo.jpg in it")
-    return found
+        raise UserError(f"IMAGES={folder} holds no image: name a folder with files such as "
+                        "photo.jpg in it")
+    return sorted(found)
 
 
 def choose_texts(texts: tuple[str, ...], classes: tuple[str, ...]) -> list[int]:
-    """Indices of `classes` among the run's texts; ("all",) = all of them. Raises UserError naming the first unknown."""
+    """Indices of `classes` among the run's texts; ("all",) = all of them.
+
+    Raises UserError naming the first one that the run does not know.
+    """
     if classes == ("all",):
         return list(range(len(texts)))
     if "all" in classes:
-        raise UserError(f"CLASSES names 'all' beside others: set CLASSES=all, or choose among {', '.join(texts)}")
+        raise UserError("CLASSES names 'all' beside others: set CLASSES=all, or choose among "
+                        f"{', '.join(texts)}")
     if unknown := [name for name in classes if name not in texts]:
-        raise UserError(f"CLASSES names {unknown[0]!r}, which this run does not know: choose among {', '.join(texts)}")
+        raise UserError(f"CLASSES names {unknown[0]!r}, which this run does not know: choose among "
+                        f"{', '.join(texts)}")
     return [texts.index(name) for name in dict.fromkeys(classes)]
+
+
+def name_files(paths: list[Path], words: list[str]) -> dict[Path, list[str]]:
+    """The names of each image's files, without suffix: photo-<word> for each word, else photo.
+
+    Raises UserError where two images would be written to the same file.
+    """
+    stems, names, owner = Counter(path.stem for path in paths), {}, {}
+    for path in paths:
+        stem = path.stem if stems[path.stem] == 1 else path.name  # a.jpg beside a.png
+        endings = [re.sub(r"[^0-9A-Za-z]+", "-", word) for word in words]
+        names[path] = [f"{stem}-{ending}" for ending in endings] or [stem]
+        for name in names[path]:
+            if name in owner:
+                raise UserError(f"the masks of {owner[name].name} and {path.name} would both be "
+                                f"written to {name}.png: rename one of the images")
+            owner[name] = path
+    return names
+
+
+# ---- one image
+
+def load_models(attributes: dict, texts: tuple[str, ...], device: torch.device) -> FrozenModels:
+    """SAM's encoder and CLIP Surgery as the cache was made with.
+
+    Raises UserError where they are others now.
+    """
+    sam = load_sam(attributes["sam"], device)
+    clip, tokenizer = load_clip(attributes["clip"], device)
+    found = {"sam": sam_fingerprint(sam), "clip": checkpoint.fingerprint(clip.state_dict())}
+    for name, fingerprint in found.items():
+        if fingerprint != attributes[f"{name}_fingerprint"]:
+            raise UserError(f"{name.upper()}={attributes[name]} is not the one that made the "
+                            "cache: run stage 1 again")
+    surgery = ClipSurgery(clip, tokenizer, attributes["clip_size"], texts)
+    embedder = SamEmbedder(sam, attributes["precision"])
+    return FrozenModels(embedder, surgery, attributes["image_size"])
+
+
+def segment_one(frozen: FrozenModels, align: Align, texts: list[int],
+                batch: list[tuple[Path, np.ndarray]]) -> tuple[Episode, np.ndarray]:
+    """AlignSAM on K texts of one image: the episode as it ended, and masks bool (K, H, W).
+
+    batch: the image's path and its pixels, uint8 (H, W, 3), as the only item.
+    """
+    [(path, image)] = batch
+    embedding, maps = frozen.compute([frozen.see(image)])
+    for what, values in (("SAM's embedding", embedding), ("the CLIP map", maps)):
+        if not values.isfinite().all():
+            raise UserError(f"{what} of {path} holds NaN or infinite values: run stage 1 with "
+                            "PRECISION=fp32 into another RUN_DIR, or check the weights")
+    episode = align(embedding.expand(len(texts), -1, -1, -1), maps[0, texts])
+    masks = [full_masks(logits, image.shape[:2]).cpu().numpy() for logits in episode.logits]
+    return episode, np.stack(masks)
+
+
+def write_masks(out: Path, names: list[str], texts: list[str], image: np.ndarray,
+                masks: np.ndarray, episode: Episode, frame: int, about: dict) -> list[dict]:
+    """Writes the mask and the overlay of each of K texts; returns their lines of masks.jsonl.
+
+    image: uint8 (H, W, 3). masks: bool (K, H, W). about: what each line begins with.
+    """
+    height, width = image.shape[:2]
+    points, labels = episode.points.cpu().numpy(), episode.labels.tolist()
+    qualities, lines = episode.predicted_iou.tolist(), []
+    for k, text in enumerate(texts):
+        mask = f"{names[k]}.png"
+        save(out / mask, Image.fromarray(masks[k].astype(np.uint8) * 255))
+        picture = overlay(image, masks[k], (width, height))
+        draw_points(picture, points[k], labels[k], frame)
+        save(out / "overlays" / mask, picture)
+        own_points = points[k] * (np.array([width, height]) / frame)
+        lines.append(about | {"text": text, "mask": mask, "labels": labels[k],
+                              "points": own_points.round(1).tolist(),
+                              "predicted_iou": round(qualities[k], 4)})
+    return lines
+
+
+def indexed(masks: np.ndarray, y_r: Tensor, texts: list[int]) -> Image.Image:
+    """One indexed picture of K masks: 1 + the text of the most probable mask, 0 where none is.
+
+    masks: bool (K, H, W). y_r: the SRM's probability (K, h, w). texts: their K indices.
+    """
+    size = masks.shape[1:]
+    probability = F.interpolate(y_r[:, None], size, mode="bilinear")[:, 0].cpu().numpy()
+    best = np.where(masks, probability, -1).argmax(0)
+    indices = np.where(masks.any(0), 1 + np.array(texts)[best], 0)
+    picture = Image.fromarray(indices.astype(np.uint8))
+    picture.putpalette(palette())
+    return picture
 
 
 def palette() -> list[int]:
@@ -64,37 +231,100 @@ def palette() -> list[int]:
     return colours.ravel().tolist()
 
 
-def name_files(paths: list[Path], words: list[str]) -> dict[Path, list[str]]:
-    """The names of each image's files, without suffix: the image's own, or with words photo-<word> for each of them.
+def save(path: Path, picture: Image.Image) -> None:
+    write_atomic(path, lambda temporary: picture.save(temporary, "PNG"))
 
-    Raises UserError where two images would be written to the same file.
+
+# ---- what is done
+
+class Progress:
+    """Which masks there are: masks.jsonl for the user, masks.json.part for a call that is stopped.
+
+    masks.jsonl gets an image's lines as soon as its masks are there. masks.json.part keeps which
+    images are done, so that the same call goes on after a kill, and does only the broken files once
+    they are mended. It goes when all images are done.
     """
-    stems, names, owner = Counter(path.stem for path in paths), {}, {}
-    for path in paths:
-        stem = path.stem if stems[path.stem] == 1 else path.name  # a.jpg beside a.png
-        names[path] = [f"{stem}-{re.sub(r'[^0-9A-Za-z]+', '-', word)}" for word in words] or [stem]
-        for name in names[path]:
-            if name in owner:
-                raise UserError(f"the masks of {owner[name].name} and {path.name} would both be written to {name}.png: "
-                                "rename one of the images")
-            owner[name] = path
-    return names
+
+    def __init__(self, out: Path, folder: str) -> None:
+        """folder: of the images. Raises UserError where masks.jsonl is not what was written."""
+        self.out, self.folder, self.part = out, folder, out / "masks.json.part"
+        self.lines = read_lines(out / "masks.jsonl")  # {mask's file name: its line}
+        self.images = {}  # {image's name: its stamp and lines}
+        self.made_with, self.stamps = "", {}
+
+    def require_free(self, names: dict[Path, list[str]]) -> None:
+        """Raises UserError where a mask would replace that of an image in another folder."""
+        for path, stems in names.items():
+            for stem in stems:
+                line = self.lines.get(f"{stem}.png", {})
+                if line.get("folder", self.folder) != self.folder:
+                    raise UserError(f"{self.out / line['mask']} is the mask of "
+                                    f"{Path(line['folder'], line['image'])}, and that of {path} "
+                                    f"would replace it: rename the image, or move {self.out} away")
+
+    def go_on(self, paths: list[Path], made_with: dict) -> None:
+        """Takes over the images that a stopped call has done and that are still the same.
+
+        made_with: the settings that this call must have had too.
+        """
+        self.made_with = json.dumps({"folder": self.folder, **made_with})
+        self.stamps = {path.name: stamp(path) for path in paths}
+        for name, entry in read_part(self.part, self.made_with).items():
+            if entry["stamp"] == self.stamps.get(name):
+                self.images[name] = entry
+                self.lines |= {line["mask"]: line for line in entry["lines"]}
+        if not self.images:
+            self.part.unlink(missing_ok=True)  # another call's, whose masks this one may replace
+        self.write_lines()
+
+    def add(self, path: Path, lines: list[dict]) -> None:
+        """Keeps that the image `path` is done. lines: its lines of masks.jsonl."""
+        self.lines |= {line["mask"]: line for line in lines}
+        self.write_lines()
+        self.images[path.name] = {"stamp": self.stamps[path.name], "lines": lines}
+        write_text(self.part, json.dumps({"made_with": self.made_with, "images": self.images}))
+
+    def write_lines(self) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in self.lines.values())
+        write_text(self.out / "masks.jsonl", text)
+
+    def end(self) -> None:
+        """All images are done."""
+        self.part.unlink(missing_ok=True)
 
 
 def read_lines(path: Path) -> dict[str, dict]:
-    """{mask's file name: its line} of a masks.jsonl, of the masks that are still there; empty where there is none."""
+    """{mask's file name: its line} of a masks.jsonl, of the masks that are still there.
+
+    Empty where there is no masks.jsonl. Raises UserError where it is not what was written.
+    """
     if not path.exists():
         return {}
     try:
-        lines = {line["mask"]: line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
-        return {name: line for name, line in lines.items() if (path.parent / name).exists()}
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {line["mask"]: line for line in lines if (path.parent / line["mask"]).exists()}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what was written: move it away") from error
 
 
-def write_lines(path: Path, lines: dict[str, dict]) -> None:
-    text = "".join(json.dumps(line) + "\n" for line in lines.values())
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def read_part(path: Path, made_with: str) -> dict[str, dict]:
+    """{image's name: its stamp and lines} of what a stopped call had done.
+
+    Leaves out images whose masks are gone. Empty where it was another call (`made_with`), and where
+    `path` is not what was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["made_with"] != made_with:
+            return {}
+        done = {}
+        for image, entry in content["images"].items():
+            masks = [path.parent / line["mask"] for line in entry["lines"]]
+            if all(mask.exists() for mask in masks):
+                done[image] = {"stamp": entry["stamp"], "lines": entry["lines"]}
+        return done
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def stamp(path: Path) -> list[int]:
@@ -103,123 +333,5 @@ def stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def read_part(path: Path, made_with: str) -> dict[str, dict]:
-    """{image's name: its stamp and lines} of what a stopped call had done, where it was the same call (`made_with`) and
-    the masks are still there; empty for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {image: {"stamp": entry["stamp"], "lines": entry["lines"]} for image, entry in content["images"].items()
-                if content["made_with"] == made_with
-                and all((path.parent / line["mask"]).exists() for line in entry["lines"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def write_part(path: Path, made_with: str, images: dict[str, dict]) -> None:
-    """What `read_part` reads."""
-    text = json.dumps({"made_with": made_with, "images": images})
+def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...], classes: tuple[str, ...], align: Align,
-            srm: nn.Module, device: torch.device, run: dict) -> None:
-    """Segments every image of a folder and writes below `out`, for an image photo.jpg:
-
-    photo.png (binary mask, 0 or 255, the image's own size), overlays/photo.png (with its points), and a line of
-    masks.jsonl. With several texts the two are called photo-<text>.png, and photo-classes.png is an indexed picture:
-    0 = nothing, k = the k-th text, where masks overlap the one of the highest SRM probability.
-
-    masks.jsonl gets an image's lines as soon as its masks are there; lines of masks that earlier calls made stay.
-    masks.json.part keeps which images are done, so that the same call goes on after a kill, and does only the broken
-    files once they are mended; it goes when all images are done.
-
-    attributes: of the run's cache, from which SAM and CLIP are loaded. align: AlignSAM on embeddings (B, C, h, w) and
-    maps (B, h, w). run: what tells this run from others, for JSON. Raises UserError where a model is not the cache's,
-    where two images' files would have one name, in this folder or with an earlier one, where an image's features are not
-    finite or do not fit into memory, and at the end where files could not be read.
-    """
-    folder = Path(images).expanduser()
-    paths, chosen = find_images(folder), choose_texts(texts, classes)
-    names = name_files(paths, [*(texts[text] for text in chosen), "classes"] if len(texts) > 1 else [])
-    lines, home = read_lines(out / "masks.jsonl"), str(folder.resolve())
-    written = {f"{name}.png": path for path in paths for name in names[path]}
-    for mask, line in lines.items():
-        if mask in written and line.get("folder", home) != home:
-            raise UserError(f"{out / mask} is the mask of {Path(line['folder'], line['image'])}, and that of "
-                            f"{written[mask]} would replace it: rename the image, or move {out} away")
-    sam = load_sam(attributes["sam"], device)
-    clip, tokenizer = load_clip(attributes["clip"], device)
-    for name, found in (("sam", sam_fingerprint(sam)), ("clip", checkpoint.fingerprint(clip.state_dict()))):
-        if found != attributes[f"{name}_fingerprint"]:
-            raise UserError(f"{name.upper()}={attributes[name]} is not the one that made the cache: run stage 1 again")
-    embedder = SamEmbedder(sam, attributes["precision"])
-    surgery, frame = ClipSurgery(clip, tokenizer, attributes["clip_size"], texts), attributes["image_size"]
-    frozen = FrozenModels(embedder, surgery, frame)
-
-    def compute(batch: list[tuple[Path, np.ndarray]]) -> tuple[Episode, np.ndarray]:
-        """AlignSAM on the chosen texts of one image: the episode as it ended, and masks (K, H, W) bool."""
-        [(path, image)] = batch
-        embedding, maps = frozen.compute([frozen.see(image)])
-        for what, values in (("SAM's embedding", embedding), ("the CLIP map", maps)):
-            if not values.isfinite().all():
-                raise UserError(f"{what} of {path} holds NaN or infinite values: run stage 1 with PRECISION=fp32 into "
-                                "another RUN_DIR, or check the weights")
-        episode = align(embedding.expand(len(chosen), -1, -1, -1), maps[0, chosen])
-        return episode, np.stack([full_masks(logits, image.shape[:2]).cpu().numpy() for logits in episode.logits])
-
-    # what a stopped call has done, of images that are still the same
-    part = out / "masks.json.part"
-    made_with = json.dumps({"folder": home, "classes": chosen, **run})
-    stamps = {path.name: stamp(path) for path in paths}
-    done = {name: entry for name, entry in read_part(part, made_with).items() if entry["stamp"] == stamps.get(name)}
-    lines |= {line["mask"]: line for entry in done.values() for line in entry["lines"]}
-    if not done:
-        part.unlink(missing_ok=True)  # another call's, whose masks this one may replace
-    write_lines(out / "masks.jsonl", lines)
-
-    broken, left = [], [path for path in paths if path.name not in done]
-    for path in tqdm(left, "segmenting", initial=len(done), total=len(paths)):
-        try:
-            image = load_image(path)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            broken.append(path.name)
-            continue
-        mend = f"set DEVICE=cpu, or make {path} smaller"
-        [(_, (episode, masks))] = in_batches([(path, image)], 1, compute, mend)
-
-        scale, own = np.array(image.shape[1::-1]) / frame, {}
-        for name, mask, text, points, labels, quality in zip(
-                names[path], masks, chosen, episode.points.cpu().numpy(), episode.labels.tolist(),
-                episode.predicted_iou.tolist()):
-            save(out / f"{name}.png", Image.fromarray(mask.astype(np.uint8) * 255))
-            picture = overlay(image, mask, image.shape[1::-1])
-            draw_points(picture, points, labels, frame)
-            save(out / "overlays" / f"{name}.png", picture)
-            own[f"{name}.png"] = {
-                "folder": home, "image": path.name, "text": texts[text], "mask": f"{name}.png", "labels": labels,
-                "points": (points * scale).round(1).tolist(), "predicted_iou": round(quality, 4)}
-        if len(texts) > 1:
-            save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), chosen))
-        lines |= own
-        write_lines(out / "masks.jsonl", lines)
-        done[path.name] = {"stamp": stamps[path.name], "lines": list(own.values())}
-        write_part(part, made_with, done)
-    print(f"wrote masks of {len(paths) - len(broken)} images to {out}")
-    if broken:
-        raise UserError(f"{len(broken)} of {len(paths)} files could not be read ({', '.join(broken[:5])}"
-                        f"{', ...' if len(broken) > 5 else ''}): mend or remove them; the other images are done")
-    part.unlink(missing_ok=True)
-
-
-def indexed(masks: np.ndarray, y_r: torch.Tensor, texts: list[int]) -> Image.Image:
-    """masks (K, H, W) bool and y_r (K, h, w) to one indexed picture: 1 + text of the most probable mask there, or 0."""
-    probability = F.interpolate(y_r[:, None], masks.shape[1:], mode="bilinear")[:, 0].cpu().numpy()
-    best = np.where(masks, probability, -1).argmax(0)
-    picture = Image.fromarray(np.where(masks.any(0), 1 + np.array(texts)[best], 0).astype(np.uint8))
-    picture.putpalette(palette())
-    return picture
-
-
-def save(path: Path, picture: Image.Image) -> None:
-    write_atomic(path, lambda temporary: picture.save(temporary, "PNG"))
