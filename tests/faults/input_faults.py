@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.agent import Actor, Critic
+from common.agent import Actor, Critic, Learner
 from common.cache import Cache
 from common.datasets import Sample, _read_list, image_size, load_image, load_label_map
 from common.episode import patch_centres
@@ -123,25 +123,25 @@ def read_cache(path: Path) -> str:
 
 
 def read_srm(path: Path) -> str:
-    """As stage 2 goes on from it, and as stage 3 starts from it."""
-    saved = checkpoint.load(path, "02_train_srm.py", step=int, **checkpoint.TRAINING)
-    checkpoint.require_finished(path, saved, "02_train_srm.py")
-    srm = build_srm(saved["settings"]["branch"], 64)
-    checkpoint.restore(path, saved, srm=srm, optimizer=torch.optim.Adam(srm.parameters()),
-                       generator=torch.Generator())
+    """As stage 3 starts from it, and as stage 2 goes on from it."""
+    stage = "02_train_srm.py"
+    branch = checkpoint.load_finished(path, stage, {})["settings"]["branch"]
+    srm = build_srm(branch, 64)
+    saved = checkpoint.resume(path, stage, {}, {"step": int}, srm=srm,
+                              optimizer=torch.optim.Adam(srm.parameters()),
+                              generator=torch.Generator())
     return digest(saved)
 
 
 def read_agent(path: Path) -> str:
-    """As stage 3 goes on from it, and as stage 4 starts from it."""
-    saved = checkpoint.load(path, "03_train_agent.py", **checkpoint.TRAINING)
-    checkpoint.require_finished(path, saved, "03_train_agent.py")
-    srm = build_srm(saved["settings"]["branch"], 64)
-    actor, critic = Actor(64), Critic(64, scale=100)
-    checkpoint.restore(path, saved, srm=srm, actor=actor, critic=critic,
-                       ppo=torch.optim.Adam([*actor.parameters(), *critic.parameters()]),
-                       srm_optimizer=torch.optim.Adam(srm.parameters()),
-                       generator=torch.Generator())
+    """As stage 4 starts from it, and as stage 3 goes on from it."""
+    stage = "03_train_agent.py"
+    branch = checkpoint.load_finished(path, stage, {})["settings"]["branch"]
+    srm, actor, critic = build_srm(branch, 64), Actor(64), Critic(64, scale=100)
+    ppo = torch.optim.Adam([*actor.parameters(), *critic.parameters()])
+    learner = Learner(srm, actor, critic, ppo, torch.optim.Adam(srm.parameters()))
+    saved = checkpoint.resume(path, stage, {}, {}, **learner._asdict(),
+                              generator=torch.Generator())
     return digest(saved)
 
 
