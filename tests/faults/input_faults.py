@@ -44,6 +44,7 @@ MASK_SIZE = 150, 200  # height, width of the data set's first mask
 CPU = torch.device("cpu")
 
 Change = Callable[[Path], object]  # changes the file at that path
+Case = tuple[str, str, Change, str]  # its name, the name of the file, the change, what to expect
 
 
 # ---- how the project reads each kind of file ----------------------------------------------------
@@ -182,7 +183,7 @@ READERS: dict[str, Callable[[Path], str]] = {
     "sam.pth": read_sam, "features.h5": read_cache, "srm.pt": read_srm, "agent.pt": read_agent,
     "results.json": read_results,
 }
-WITH_CHECKSUMS = ("features.h5", "srm.pt", "agent.pt")  # any change of a value is noticed
+REFUSED = "refused"  # expected of a file that must not load
 
 
 def gather(folder: Path, run_dir: Path, data: Path) -> Path:
@@ -285,7 +286,9 @@ DAMAGES = (truncated, bits_flipped, bits_flipped, bits_flipped, bytes_zeroed, by
 def damaged(sound_files: Path, count: int, seed: int, only: str) -> Found:
     """`count` files with random damage."""
     found, cases = Found(), []
-    values = {name: READERS[name](sound_files / name) for name in WITH_CHECKSUMS}
+    # all sound files must load, but for sam.pth, which is no whole SAM
+    digests = {name: read(sound_files / name) for name, read in READERS.items()
+               if name != "sam.pth"}
     for number in range(count):
         case = f"damage-{number}"
         rng = random.Random(f"{seed} {case}")
@@ -293,7 +296,7 @@ def damaged(sound_files: Path, count: int, seed: int, only: str) -> Found:
         if only in ("", case):
             found.count(f"{name}: {damage.__name__.replace('_', ' ')}")
             change = functools.partial(damage, rng=rng, sound_files=sound_files)
-            cases.append((case, name, change, values.get(name)))
+            cases.append((case, name, change, digests.get(name, REFUSED)))
     in_processes(cases, sound_files, found)
     return found
 
@@ -301,11 +304,11 @@ def damaged(sound_files: Path, count: int, seed: int, only: str) -> Found:
 # ---- one case, and many -------------------------------------------------------------------------
 
 
-def try_one(name: str, change: Change, sound_files: Path, expected: str | None) -> str | None:
+def try_one(name: str, change: Change, sound_files: Path, expected: str) -> str | None:
     """Changes a copy of a sound file and reads it. Returns what was violated, or None.
 
-    expected: for files with checksums, the digest of the sound file; "refused" if the file must not
-    load; None if it may load to anything sound.
+    expected: the digest of the sound file, which the changed file must have too if it loads; "" if
+    it may load to other values; REFUSED if it must not load.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
@@ -317,7 +320,7 @@ def try_one(name: str, change: Change, sound_files: Path, expected: str | None) 
         return violation
 
 
-def violated_by_reading(path: Path, expected: str | None) -> str | None:
+def violated_by_reading(path: Path, expected: str) -> str | None:
     try:
         got = READERS[path.name](path)
     except UserError as error:
@@ -330,14 +333,13 @@ def violated_by_reading(path: Path, expected: str | None) -> str | None:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         return f"{type(error).__name__}: {str(error)[:200]} ({where})"
-    if expected == "refused":
+    if expected == REFUSED:
         return "it was taken"
     return "it loads to other values" if expected and got != expected else None
 
 
-def in_processes(cases: list[tuple[str, str, Change, str | None]], sound_files: Path,
-                 found: Found) -> None:
-    """`try_one` on every (case, file name, change, expected), in forks: a crash ends one case."""
+def in_processes(cases: list[Case], sound_files: Path, found: Found) -> None:
+    """Calls `try_one` for every case, in forks, so that a crash ends one case only."""
     todo = list(cases)
     while todo:
         batch = todo[:BATCH]
@@ -359,8 +361,7 @@ def in_processes(cases: list[tuple[str, str, Change, str | None]], sound_files: 
         todo = todo[len(given):]
 
 
-def answer_cases(batch: list[tuple[str, str, Change, str | None]], sound_files: Path,
-                 write: int) -> None:
+def answer_cases(batch: list[Case], sound_files: Path, write: int) -> None:
     """The child's part: writes one line of JSON for each case to a pipe, and never returns."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries print their own complaints
@@ -608,6 +609,6 @@ def false_claims(sound_files: Path, only: str) -> Found:
             case = f"{name} with {what}"
             if only in ("", case):
                 found.count(f"{name} that does not hold what it claims")
-                cases.append((case, name, change, "refused"))
+                cases.append((case, name, change, REFUSED))
     in_processes(cases, sound_files, found)
     return found
