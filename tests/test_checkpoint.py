@@ -1,6 +1,7 @@
 """The content of a checkpoint file is checked before it is used, and damage is refused."""
 
 import re
+import zipfile
 
 import pytest
 import torch
@@ -33,6 +34,19 @@ def test_what_was_saved_comes_back(path):
     loaded = load(path)
     assert loaded["settings"] == SETTINGS
     assert torch.equal(loaded["srm"]["weight"], saved["srm"]["weight"])
+
+
+def test_a_bit_that_marks_a_weight_as_a_folder_is_noticed(path):
+    checkpoint.save(path, content())
+    file = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as parts:
+        weight = max(parts.infolist(), key=lambda part: part.file_size).filename
+    entry = file.rindex(weight.encode()) - 46  # in the zip file's directory
+    assert file[entry:entry + 4] == b"PK\x01\x02"
+    file[entry + 38] |= 0x10  # of its external attributes
+    path.write_bytes(file)
+    with pytest.raises(UserError, match="srm.pt is damaged"):
+        load(path)
 
 
 def test_a_single_bit_that_went_bad_in_a_weight_is_noticed(path):

@@ -9,6 +9,8 @@ from pathlib import Path
 from common.runtime import distributed
 from common.runtime.errors import UserError
 
+_FOLDER = 0x10  # the mark of a folder among the attributes of a zip entry
+
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write(temporary path)` make a file beside `path`, then puts that in `path`'s place.
@@ -62,11 +64,13 @@ def lock(folder: Path) -> None:
 def require_intact(path: Path) -> None:
     """Raises ValueError, or an error of zipfile, if a part of a zip file does not fit its checksum.
 
-    torch.save writes zip files, and torch.load does not look at their checksums. A file of another
-    kind has none, and passes.
+    torch.save writes zip files, and torch.load does not look at their checksums. It also leaves a
+    tensor unread whose part is marked as a folder, so such a mark is damage. A file of another kind
+    has no checksums, and passes.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as parts:
             broken = parts.testzip()
-        if broken:
-            raise ValueError(f"{broken} is not what was written")
+            folders = [part.filename for part in parts.infolist() if part.external_attr & _FOLDER]
+        if broken or folders:
+            raise ValueError(f"{broken or folders[0]} is not what was written")

@@ -1,12 +1,20 @@
-"""The fault campaign: stages are killed, run out of space and are locked out; files are damaged and made to lie.
+"""The fault campaign: hinders stages and damages files, and checks what the project promises.
 
-    python -m tests.faults.campaign [NAME=value ...]           NAME is any constant below; `help` lists them
+    python -m tests.faults.campaign [NAME=value ...]
 
-What must hold: nothing that was finished is lost, a stage goes on to the same result, bit for bit, and whatever it
-cannot use ends in one sentence that names it. Prints a table, writes OUT, and exits with 1 where anything was violated.
-A case depends on SEED and its own name only, and a kill's moment also on the machine's speed: ONLY=<case> repeats it.
+NAME is any constant below; `help` lists them.
+
+Stages are killed, run out of space and are locked out of their folders. Files are damaged, or their
+content is made wrong. The promises are that nothing is lost that was finished; that a stage goes on
+to the same result, bit for bit; and that a file or folder that cannot be used ends the stage with
+one sentence that names it.
+
+The campaign prints a table, writes OUT, and exits with 1 if a promise was broken. A case depends
+only on SEED and its own name, and the moment of a kill also on the machine's speed. ONLY=<case>
+repeats one case.
 """
 
+import functools
 import json
 import sys
 import tempfile
@@ -23,56 +31,71 @@ from tests.faults.stage_faults import Found
 
 KILLS = 200  # SIGKILLs at random moments
 FULL = 25  # stages in which no file may grow beyond a random size
-CLOSED = True  # run folders that cannot be written to: every way, every stage
+CLOSED = True  # also run folders that cannot be written to, in every way and for every stage
 INPUTS = 1000  # files with random damage
-CLAIMS = True  # files that do not hold what they claim: every one
-KINDS = tuple(stage_faults.KINDS)  # what is killed, or short of space
-SEED = 0  # of everything drawn
+CLAIMS = True  # also every file that does not hold what it claims
+KINDS = tuple(stage_faults.KINDS)  # the stages to hinder
+SEED = 0  # of everything random
 ONLY = ""  # the one case to repeat; empty = all
 OUT = "runs/faults.json"
+
+
+def run_parts(folder: Path) -> tuple[dict[str, Found], dict[str, float]]:
+    """Runs all parts of the campaign. Returns what each found, and how many seconds it took."""
+    workshop = stage_faults.Workshop(folder, KINDS)
+    sound_files = input_faults.gather(folder / "sound", workshop.after["stage 4"], folder / "data")
+    partial = functools.partial
+    parts: dict[str, Callable[[], Found]] = {
+        "killed": partial(stage_faults.kills, workshop, KINDS, KILLS, SEED, ONLY),
+        "short of space": partial(stage_faults.full_disks, workshop, KINDS, FULL, SEED, ONLY),
+    }
+    if CLOSED:
+        parts["locked out"] = partial(stage_faults.closed_folders, workshop, KINDS, ONLY)
+    parts["damaged files"] = partial(input_faults.damaged, sound_files, INPUTS, SEED, ONLY)
+    if CLAIMS:
+        parts["false claims"] = partial(input_faults.false_claims, sound_files, ONLY)
+
+    found, seconds = {}, {}
+    for name, work in parts.items():
+        started = time.monotonic()
+        found[name] = work()
+        seconds[name] = time.monotonic() - started
+        print(f"{name}: {sum(found[name].tried.values())} tried, "
+              f"{len(found[name].violations)} violated, {seconds[name]:.0f} s", file=sys.stderr)
+    return found, seconds
+
+
+def print_table(found: dict[str, Found], seconds: dict[str, float]) -> None:
+    print("| part | tried | cases | violated |\n| --- | --- | ---: | ---: |")
+    for name, part in found.items():
+        for what, count in sorted(part.tried.items()):
+            print(f"| {name} | {what} | {count} | |")
+        print(f"| **{name}** | all, in {seconds[name]:.0f} s | {sum(part.tried.values())} | "
+              f"{len(part.violations)} |")
 
 
 def main() -> None:
     settings.not_negative(globals(), "KILLS", "FULL", "INPUTS", "SEED")
     if unknown := set(KINDS) - set(stage_faults.KINDS):
-        raise UserError(f"KINDS names {unknown.pop()!r}: choose among {', '.join(stage_faults.KINDS)}")
-    torch.set_num_threads(1)  # forks cannot use the threads of this process; and rounding depends on their number
-    seconds, found = {}, {}
-
-    def part(name: str, work: Callable[[], Found]) -> None:
-        started = time.monotonic()
-        found[name] = work()
-        seconds[name] = time.monotonic() - started
-        print(f"{name}: {sum(found[name].tried.values())} tried, {len(found[name].violations)} violated, "
-              f"{seconds[name]:.0f} s", file=sys.stderr)
-
+        raise UserError(f"KINDS names {unknown.pop()!r}: "
+                        f"choose among {', '.join(stage_faults.KINDS)}")
+    # Forks cannot use the threads of this process, and results round differently with their number.
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        workshop = stage_faults.Workshop(folder, KINDS)
-        whole = input_faults.gather(folder / "sound", workshop.after["stage 4"], folder / "data")
-        part("killed", lambda: stage_faults.kills(workshop, KINDS, KILLS, SEED, ONLY))
-        part("short of space", lambda: stage_faults.full_disks(workshop, KINDS, FULL, SEED, ONLY))
-        if CLOSED:
-            part("locked out", lambda: stage_faults.closed_folders(workshop, KINDS, ONLY))
-        part("damaged files", lambda: input_faults.damaged(whole, INPUTS, SEED, ONLY))
-        if CLAIMS:
-            part("false claims", lambda: input_faults.claims(whole, ONLY))
+        found, seconds = run_parts(Path(folder))
+    print_table(found, seconds)
 
-    print("| part | tried | cases | violated |\n| --- | --- | ---: | ---: |")
-    for name, one in found.items():
-        for what, count in sorted(one.tried.items()):
-            print(f"| {name} | {what} | {count} | |")
-        print(f"| **{name}** | all, in {seconds[name]:.0f} s | {sum(one.tried.values())} | {len(one.violations)} |")
     violations = [{"part": name, "case": case, "what": what}
-                  for name, one in found.items() for case, what in one.violations]
-    report = {"seed": SEED, "seconds": seconds, "tried": {name: one.tried for name, one in found.items()},
-              "violations": violations}
-    files.write_atomic(Path(OUT), lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
+                  for name, part in found.items() for case, what in part.violations]
+    tried = {name: part.tried for name, part in found.items()}
+    report = {"seed": SEED, "seconds": seconds, "tried": tried, "violations": violations}
+    text = json.dumps(report, indent=1)
+    files.write_atomic(Path(OUT), functools.partial(Path.write_text, data=text))
     for violation in violations:
         print(f"\nviolated in {violation['case']} ({violation['part']}): {violation['what']}")
     if violations:
-        raise UserError(f"{len(violations)} violations, listed above and in {OUT}; repeat one with "
-                                 f"ONLY=<case> SEED={SEED}")
+        raise UserError(f"{len(violations)} violations, listed above and in {OUT}: "
+                        f"repeat one with ONLY=<case> SEED={SEED}")
 
 
 if __name__ == "__main__":

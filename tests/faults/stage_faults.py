@@ -1,12 +1,13 @@
-"""Stages killed, short of space and locked out: what happens to their files, and how they go on.
+"""Stages that are killed, short of space or locked out: what happens to their files, and after.
 
-A stage is run in a fork of a process that has imported torch already, which saves the seconds that a start costs and
-lets every kill fall into the stage's own work.
+A stage runs in a fork of a process that has imported torch already. That saves the seconds that a
+start costs, and every kill falls into the stage's own work.
 """
 
 import contextlib
 import ctypes
 import fcntl
+import functools
 import importlib
 import json
 import mmap
@@ -32,27 +33,40 @@ import torch
 from tests.conftest import ROOT, STAGES, arrays, draw_data
 from tests.test_stages import same_weights
 
-# what a stage is killed in, and the function that does one unit of work: an entry, a step, an episode, or that keeps a
-# row or an image
+
+@dataclass(frozen=True)
+class Kind:
+    """What a stage is, and what it promises when it is killed."""
+
+    script: str
+    unit: tuple[str, str]  # module and function; each call does, or keeps, one unit of work
+    total: int  # units of work of a whole run
+    may_lose: int  # finished units that a kill may cost
+    kept_in: str  # the file in the run folder that holds finished work
+    constants: tuple[str, ...] = ()  # beside those of STAGES
+
+
 KINDS = {
-    "stage 1": ("01_cache_features.py", [], ("common.cache", "CacheWriter.write")),
-    "stage 2": ("02_train_srm.py", [], ("common.srm", "train_step")),
-    "stage 3": ("03_train_agent.py", [], ("common.agent", "ppo_update")),
-    "stage 4": ("04_evaluate.py", [], ("common.runtime.checkpoint", "save")),
-    "own images": ("04_evaluate.py", ["IMAGES=data/test/images"], ("common.results.own_images", "write_part")),
+    "stage 1": Kind("01_cache_features.py", ("common.cache_file", "CacheWriter.write"),
+                    total=14, may_lose=0, kept_in="features.h5"),
+    "stage 2": Kind("02_train_srm.py", ("common.srm", "train_step"),
+                    total=20, may_lose=2, kept_in="srm.pt"),  # SAVE_EVERY=2
+    "stage 3": Kind("03_train_agent.py", ("common.agent", "ppo_update"),
+                    total=4, may_lose=1, kept_in="agent.pt"),
+    "stage 4": Kind("04_evaluate.py", ("common.runtime.checkpoint", "save"),
+                    total=4, may_lose=0, kept_in="results.json.part"),
+    "own images": Kind("04_evaluate.py", ("common.results.own_images", "Progress.add"),
+                       total=6, may_lose=0, kept_in="masks/masks.json.part",
+                       constants=("IMAGES=data/test/images",)),
 }
-MAY_LOSE = {"stage 1": 0, "stage 2": 2, "stage 3": 1, "stage 4": 0, "own images": 0}  # finished units; SAVE_EVERY=2
-TOTAL = {"stage 1": 14, "stage 2": 20, "stage 3": 4, "stage 4": 4, "own images": 6}
-KEPT_IN = {"stage 1": "features.h5", "stage 2": "srm.pt", "stage 3": "agent.pt", "stage 4": "results.json.part",
-           "own images": "masks/masks.json.part"}
 TIMED = ("agent_log.csv", "agent_curves.png")  # they show how long an episode took
 PATIENCE = 300  # seconds after which a stage counts as hung
-SET_PIPE_SIZE = 1031  # fcntl's F_SETPIPE_SZ, which Python names from 3.10 on Linux only
+SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ of fcntl, which Python does not name everywhere
 
 
 @dataclass
 class Found:
-    """What one part of the campaign tried, and each promise that was broken, beside the case that shows it."""
+    """What one part of the campaign tried, and each broken promise with the case that shows it."""
 
     tried: dict[str, int] = field(default_factory=dict)
     violations: list[tuple[str, str]] = field(default_factory=list)
@@ -61,6 +75,7 @@ class Found:
         self.tried[what] = self.tried.get(what, 0) + 1
 
     def check(self, holds: bool, case: str, otherwise: str) -> None:
+        """Notes a violation unless `holds`; `otherwise` says what is wrong then."""
         if not holds:
             self.violations.append((case, otherwise))
 
@@ -79,7 +94,10 @@ class Stage:
         return struct.unpack("q", self.counter[:8])[0]
 
     def wait(self, seconds: float = PATIENCE) -> bool:
-        """Whether it ended within that time; `code` is then its exit status, or minus the signal that ended it."""
+        """Whether it ended within that time.
+
+        `code` is then its exit status, or minus the number of the signal that ended it.
+        """
         end = time.monotonic() + seconds
         while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -96,17 +114,21 @@ class Stage:
         self.wait()
 
     def said(self) -> str:
-        """What it wrote to stderr. To be asked once, after its end."""
+        """What it wrote to stderr. Call it once, and only after the stage's end."""
         with open(self.stderr, encoding="utf-8", errors="replace") as file:
             return file.read()
 
 
-def start(folder: Path, kind: str, run_dir: str, hinder: Callable[[], None] = lambda: None, *more: str) -> Stage:
-    """Starts a stage in `folder`; `hinder` is called in its process before it begins."""
-    script, constants, unit = KINDS[kind]
+def start(folder: Path, kind: str, run_dir: Path, *more: str,
+          hinder: Callable[[], None] | None = None) -> Stage:
+    """Starts a stage in `folder`.
+
+    more: further constants. hinder: called in the stage's process before the stage begins.
+    """
     read, write = os.pipe()
     with contextlib.suppress(OSError):
-        fcntl.fcntl(write, SET_PIPE_SIZE, 1 << 20)  # progress bars must never fill it: it is read at the end
+        # stderr is read at the end only, so the progress bars must not fill the pipe before
+        fcntl.fcntl(write, SET_PIPE_SIZE, 1 << 20)
     counter = mmap.mmap(-1, 8)
     pid = os.fork()
     if pid:
@@ -117,10 +139,12 @@ def start(folder: Path, kind: str, run_dir: str, hinder: Callable[[], None] = la
         os.dup2(write, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.chdir(folder)
-        sys.argv = [script, "TASK=folder", "DEVICE=cpu", *STAGES[script], f"RUN_DIR={run_dir}", *constants, *more]
-        if unit:
-            _count_calls(*unit, counter)
-        hinder()
+        script, constants = KINDS[kind].script, KINDS[kind].constants
+        sys.argv = [script, "TASK=folder", "DEVICE=cpu", *STAGES[script], f"RUN_DIR={run_dir}",
+                    *constants, *more]
+        _count_calls(*KINDS[kind].unit, counter)
+        if hinder:
+            hinder()
         runpy.run_path(str(ROOT / script), run_name="__main__")
         code = 0
     except SystemExit as stop:
@@ -135,6 +159,7 @@ def start(folder: Path, kind: str, run_dir: str, hinder: Callable[[], None] = la
 
 
 def _count_calls(module: str, name: str, counter: mmap.mmap) -> None:
+    """Lets a function of the module, "f" or "Class.f", count its finished calls."""
     owner = importlib.import_module(module)
     *path, name = name.split(".")
     for part in path:
@@ -143,15 +168,17 @@ def _count_calls(module: str, name: str, counter: mmap.mmap) -> None:
 
     def counted(*args, **kwargs):
         result = function(*args, **kwargs)
-        counter[:8] = struct.pack("q", struct.unpack("q", counter[:8])[0] + 1)
+        calls = struct.unpack("q", counter[:8])[0]
+        counter[:8] = struct.pack("q", calls + 1)
         return result
 
     setattr(owner, name, counted)
 
 
 def saved_units(kind: str, run_dir: Path) -> int:
-    """The work that a stage's file holds, such that a restart does not do it again."""
-    if not (path := run_dir / KEPT_IN[kind]).exists():
+    """How many units of work the stage's file holds. A restart must not do these again."""
+    path = run_dir / KINDS[kind].kept_in
+    if not path.exists():
         return 0
     if kind == "own images":
         return len(json.loads(path.read_text())["images"])
@@ -159,53 +186,62 @@ def saved_units(kind: str, run_dir: Path) -> int:
         with h5py.File(path) as file:
             return int(file["done"][:].sum())
     content = torch.load(path, weights_only=True)
-    return content["step"] if kind == "stage 2" else len(content["rows" if kind == "stage 4" else "log"])
+    if kind == "stage 2":
+        return content["step"]
+    return len(content["rows" if kind == "stage 4" else "log"])
 
 
 def has_ended(kind: str, run_dir: Path) -> bool:
-    """Whether a stage that removes what it kept has done so because all is written."""
+    """Whether all results are written, for the stages that then remove the file they kept."""
+    if kind == "stage 4":
+        return (run_dir / "results.json").exists()
     lines = run_dir / "masks/masks.jsonl"
-    return (kind == "stage 4" and (run_dir / "results.json").exists()
-            or kind == "own images" and lines.exists() and len(lines.read_text().splitlines()) == TOTAL[kind])
+    if kind == "own images" and lines.exists():
+        return len(lines.read_text().splitlines()) == KINDS[kind].total
+    return False
+
+
+def files_below(folder: Path) -> set[Path]:
+    """All files in a folder and its subfolders, by their paths relative to it."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
 def differences(run_dir: Path, reference: Path) -> list[str]:
-    """The files in which a finished run is not what the undisturbed one left, times aside."""
-    def names(folder: Path) -> set[str]:
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-    differ = sorted(names(run_dir) ^ names(reference))
-    for name in sorted(names(run_dir) & names(reference)):
-        one, other = run_dir / name, reference / name
-        if name == "features.h5":
+    """The files in which a finished run differs from the undisturbed one, times aside."""
+    found, expected = files_below(run_dir), files_below(reference)
+    differ = [str(path) for path in sorted(found ^ expected)]
+    for path in sorted(found & expected):
+        one, other = run_dir / path, reference / path
+        if path.name == "features.h5":
             a, b = arrays(one), arrays(other)
             same = a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-        elif name.endswith(".pt"):
+        elif path.suffix == ".pt":
             same = same_weights(one, other)
         else:
-            same = name in TIMED or one.read_bytes() == other.read_bytes()
-        differ += [] if same else [name]
+            same = str(path) in TIMED or one.read_bytes() == other.read_bytes()
+        if not same:
+            differ.append(str(path))
     return differ
 
 
 class Workshop:
-    """A folder with the small data set, and the run folder before and after each stage of an undisturbed run."""
+    """A small data set, and the run folder before and after each stage of an undisturbed run."""
 
     def __init__(self, folder: Path, kinds: tuple[str, ...]) -> None:
         self.folder, self.seconds = folder, {}
         for script in STAGES:
-            runpy.run_path(str(ROOT / script))  # runs nothing; what it imports is then there in every fork
+            runpy.run_path(str(ROOT / script))  # runs no stage; every fork then has its imports
         draw_data(folder)
         state = folder / "start"
         state.mkdir()
         self.before, self.after = {}, {}
         for kind in KINDS:
             if kind == "own images" and kind not in kinds:
-                continue  # the stages are needed in any case, by each other and for their files
+                continue  # the stages are always needed, by each other and for their files
             self.before[kind], self.after[kind] = state, folder / f"after {kind}"
             shutil.copytree(state, self.after[kind])
             started = time.monotonic()
-            stage = start(folder, kind, str(self.after[kind]))
+            stage = start(folder, kind, self.after[kind])
             if not stage.wait() or stage.code:
                 raise SystemExit(f"{kind} fails without any fault: {stage.said()}")
             self.seconds[kind] = time.monotonic() - started
@@ -222,24 +258,30 @@ class Workshop:
             shutil.rmtree(run_dir)
 
     def check_earlier_files(self, found: Found, case: str, kind: str, run_dir: Path) -> None:
-        for path in self.before[kind].rglob("*"):
-            kept = run_dir / path.relative_to(self.before[kind])
-            if path.is_file():
-                found.check(kept.is_file() and kept.read_bytes() == path.read_bytes(), case, f"{path.name} was changed")
+        """The files of the stages before must be as they were."""
+        for path in files_below(self.before[kind]):
+            kept, original = run_dir / path, self.before[kind] / path
+            unchanged = kept.is_file() and kept.read_bytes() == original.read_bytes()
+            found.check(unchanged, case, f"{path.name} was changed")
 
     def finish(self, found: Found, case: str, kind: str, run_dir: Path) -> None:
-        """Runs the stage to its end without hindrance: it must go on, and end as an undisturbed run."""
+        """Runs the stage to its end unhindered: it must go on, and end as an undisturbed run."""
         saved = saved_units(kind, run_dir)
-        stage = start(self.folder, kind, str(run_dir))
+        stage = start(self.folder, kind, run_dir)
         ended = stage.wait()
         if not ended:
             stage.kill()
         said = stage.said()
-        found.check(ended and stage.code == 0, case, f"{kind} does not go on: {said[-300:] if ended else 'it hangs'}")
+        why = said[-300:] if ended else "it hangs"
+        found.check(ended and stage.code == 0, case, f"{kind} does not go on: {why}")
         if ended and stage.code == 0:
-            again = saved + stage.units - TOTAL[kind]
+            again = saved + stage.units - KINDS[kind].total
             found.check(again == 0, case, f"{kind} did {again} units of work again")
-            found.check(not (differ := differences(run_dir, self.after[kind])), case, f"{kind}: {differ} differ")
+            differ = differences(run_dir, self.after[kind])
+            found.check(not differ, case, f"{kind}: {differ} differ")
+
+
+# ---- kills --------------------------------------------------------------------------------------
 
 
 def kills(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int, only: str) -> Found:
@@ -247,34 +289,40 @@ def kills(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int, onl
     found, number = Found(), 0
     while sum(found.tried.values()) < count:
         case, kind = f"kill-{number}", kinds[number % len(kinds)]
-        rng = random.Random(f"{seed} {case}")
         number += 1
-        if only not in ("", case):
-            if number > 10 * count:
-                break
-            continue
-        with workshop.copy(kind) as run_dir:
-            for _ in range(rng.randint(1, 4)):
-                saved = saved_units(kind, run_dir)
-                stage = start(workshop.folder, kind, str(run_dir))
-                if stage.wait(rng.random() * workshop.seconds[kind]):
-                    said = stage.said()
-                    found.check(stage.code == 0, case, f"{kind} does not go on: {said[-300:]}")
-                    break
-                stage.kill()
-                os.close(stage.stderr)
-                found.count(f"SIGKILL in {kind}")
-                kept = saved_units(kind, run_dir)
-                if not kept and has_ended(kind, run_dir):
-                    break  # it has no use for what it kept any more
-                lost = saved + stage.units - kept
-                found.check(kept >= saved, case, f"{kind}: {saved - kept} units that were saved are gone")
-                found.check(lost <= MAY_LOSE[kind], case, f"{kind}: the kill cost {lost} finished units")
-                workshop.check_earlier_files(found, case, kind, run_dir)
-            workshop.finish(found, case, kind, run_dir)
-        if only:
+        if only in ("", case):
+            kill_and_go_on(workshop, found, case, kind, random.Random(f"{seed} {case}"))
+        if only == case or (only and number > 10 * count):  # done, or there is no such case
             break
     return found
+
+
+def kill_and_go_on(workshop: Workshop, found: Found, case: str, kind: str,
+                   rng: random.Random) -> None:
+    """Kills a stage up to four times. Each restart must go on from what was finished."""
+    with workshop.copy(kind) as run_dir:
+        for _ in range(rng.randint(1, 4)):
+            saved = saved_units(kind, run_dir)
+            stage = start(workshop.folder, kind, run_dir)
+            if stage.wait(rng.random() * workshop.seconds[kind]):
+                said = stage.said()
+                found.check(stage.code == 0, case, f"{kind} does not go on: {said[-300:]}")
+                break
+            stage.kill()
+            os.close(stage.stderr)
+            found.count(f"SIGKILL in {kind}")
+            kept = saved_units(kind, run_dir)
+            if not kept and has_ended(kind, run_dir):
+                break  # it has removed the file, which it does not need any more
+            gone, lost = saved - kept, saved + stage.units - kept
+            found.check(gone <= 0, case, f"{kind}: {gone} units that were saved are gone")
+            found.check(lost <= KINDS[kind].may_lose, case,
+                        f"{kind}: the kill cost {lost} finished units")
+            workshop.check_earlier_files(found, case, kind, run_dir)
+        workshop.finish(found, case, kind, run_dir)
+
+
+# ---- full disks ---------------------------------------------------------------------------------
 
 
 def is_one_sentence(said: str) -> bool:
@@ -295,101 +343,150 @@ def refused(found: Found, case: str, kind: str, stage: Stage, name: str) -> None
     found.check(name in last, case, f"{kind} does not say where: {last}")
 
 
-def full_disks(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int, only: str) -> Found:
+def full_disks(workshop: Workshop, kinds: tuple[str, ...], count: int, seed: int,
+               only: str) -> Found:
     """No file may grow beyond a random size (RLIMIT_FSIZE, so that writes fail with EFBIG)."""
     found = Found()
     for number in range(count):
         case, kind = f"full-{number}", kinds[number % len(kinds)]
-        if only not in ("", case):
-            continue
-        rng = random.Random(f"{seed} {case}")
-        new = [path for path in workshop.after[kind].rglob("*") if path.is_file()
-               and not (workshop.before[kind] / path.relative_to(workshop.after[kind])).exists()]
-        limit = int(rng.choice(new).stat().st_size * rng.random())
-        with workshop.copy(kind) as run_dir:
-            if rng.random() < 0.5:  # not from the start, but where a kill stopped it, or where it ended before one
-                stage = start(workshop.folder, kind, str(run_dir))
-                if not (ended := stage.wait(rng.random() * workshop.seconds[kind])):
-                    stage.kill()
-                said = stage.said()
-                found.check(not ended or stage.code == 0, case, f"{kind} fails without a limit: {said[-300:]}")
-            saved = saved_units(kind, run_dir)
-            stage = start(workshop.folder, kind, str(run_dir),
-                          lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
-            stage.wait()
-            found.count(f"no file may grow beyond a size in {kind}")
-            if stage.code:
-                refused(found, case, kind, stage, run_dir.name)
-                found.check(saved_units(kind, run_dir) >= saved, case, f"{kind}: saved work is gone")
-            else:
-                os.close(stage.stderr)
-            workshop.check_earlier_files(found, case, kind, run_dir)
-            workshop.finish(found, case, kind, run_dir)
+        if only in ("", case):
+            limit_and_go_on(workshop, found, case, kind, random.Random(f"{seed} {case}"))
     return found
 
 
-def without_privileges() -> None:
-    """Root stays root but has to obey permissions: all capabilities are dropped (Linux)."""
+def limit_and_go_on(workshop: Workshop, found: Found, case: str, kind: str,
+                    rng: random.Random) -> None:
+    """Runs a stage under a limit on the size of files, which is lifted for a second run.
+
+    The limit is a random share of the size of one file that the stage writes. Half of the time the
+    stage does not begin anew under it, but goes on from a kill or repeats a finished run.
+    """
+    before, after = workshop.before[kind], workshop.after[kind]
+    new_files = [after / path for path in sorted(files_below(after) - files_below(before))]
+    limit = int(rng.choice(new_files).stat().st_size * rng.random())
+    lower_limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE,
+                                    (limit, resource.RLIM_INFINITY))
+    with workshop.copy(kind) as run_dir:
+        if rng.random() < 0.5:
+            stage = start(workshop.folder, kind, run_dir)
+            ended = stage.wait(rng.random() * workshop.seconds[kind])
+            if not ended:
+                stage.kill()
+            said = stage.said()
+            found.check(not ended or stage.code == 0, case,
+                        f"{kind} fails without a limit: {said[-300:]}")
+        saved = saved_units(kind, run_dir)
+        stage = start(workshop.folder, kind, run_dir, hinder=lower_limit)
+        stage.wait()
+        found.count(f"no file may grow beyond a size in {kind}")
+        if stage.code:
+            refused(found, case, kind, stage, run_dir.name)
+            found.check(saved_units(kind, run_dir) >= saved, case, f"{kind}: saved work is gone")
+        else:
+            os.close(stage.stderr)
+        workshop.check_earlier_files(found, case, kind, run_dir)
+        workshop.finish(found, case, kind, run_dir)
+
+
+# ---- folders that cannot be written to ----------------------------------------------------------
+
+
+def drop_capabilities() -> None:
+    """Root stays root but must obey permissions: all its capabilities are dropped (Linux)."""
     if os.geteuid() == 0:
-        version_and_pid, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-        if ctypes.CDLL(None, use_errno=True).capset(version_and_pid, sets):
+        version_3 = 0x20080522
+        version_and_pid = (ctypes.c_uint32 * 2)(version_3, 0)
+        no_capabilities = (ctypes.c_uint32 * 6)()
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.capset(version_and_pid, no_capabilities):
             raise OSError(ctypes.get_errno(), "capset")
 
 
 @contextlib.contextmanager
 def small_disk(place: Path, options: str) -> Iterator[bool]:
-    """A file system in memory at `place`; yields whether this machine lets us mount one."""
+    """A file system in memory, mounted at `place`; yields whether this machine let us mount it."""
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
-    mounted = shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode
+    mounted = False
+    if shutil.which("mount"):
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
     try:
-        yield bool(mounted)
+        yield mounted
     finally:
         if mounted:
             subprocess.run(["umount", str(place)], check=True)
         place.rmdir()
 
 
+def remount(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
 def closed_folders(workshop: Workshop, kinds: tuple[str, ...], only: str) -> Found:
-    """Run folders that cannot be written to, in four ways, for every stage; two of them need a mount."""
+    """Run folders that cannot be written to, in four ways, for every stage; two need a mount."""
+    ways = {
+        "file in the place of the run folder": file_in_the_way,
+        "no permission": no_permission,
+        "full disk": full_disk,
+        "read-only file system": read_only_file_system,
+    }
     found = Found()
     for kind in kinds:
-        features = f"FEATURES={workshop.after['stage 1'] / 'features.h5'}"
-        more = [] if kind == "stage 1" else [features]
-        case = f"file in the place of the run folder, {kind}"
-        if only in ("", case):
-            place = workshop.folder / "case"
-            place.write_text("in the way")
-            refused(found, case, kind, start(workshop.folder, kind, str(place), lambda: None, *more), place.name)
-            found.check(place.read_text() == "in the way", case, "the file was changed")
-            place.unlink()
-            found.count("a file in the place of the run folder")
-        case = f"no permission, {kind}"
-        if only in ("", case):
-            with workshop.copy(kind) as run_dir:
-                run_dir.chmod(0o555)
-                refused(found, case, kind, start(workshop.folder, kind, str(run_dir), without_privileges), run_dir.name)
-                run_dir.chmod(0o755)
-                found.count("a run folder without permission to write")
-                workshop.check_earlier_files(found, case, kind, run_dir)
-                workshop.finish(found, case, kind, run_dir)
-        for what, change in (("full disk", None), ("read-only file system", "remount,ro")):
-            case = f"{what}, {kind}"
-            if only not in ("", case):
-                continue
-            used = sum(path.stat().st_size for path in workshop.before[kind].rglob("*") if path.is_file())
-            size = "64m" if change else f"{used // 1024 + 200}k"  # room for what is there, and for little more
-            with small_disk(workshop.folder / "case", f"size={size}") as mounted:
-                if not mounted:
-                    found.count(f"{what}: passed over, this machine mounts nothing")
-                    continue
-                run_dir = workshop.folder / "case"
-                shutil.copytree(workshop.before[kind], run_dir, dirs_exist_ok=True)
-                if change:
-                    subprocess.run(["mount", "-o", change, str(run_dir)], check=True)
-                refused(found, case, kind, start(workshop.folder, kind, str(run_dir)), run_dir.name)
-                found.count(f"a {what}, mounted")
-                workshop.check_earlier_files(found, case, kind, run_dir)
-                subprocess.run(["mount", "-o", "remount,rw,size=64m", str(run_dir)], check=True)
-                workshop.finish(found, case, kind, run_dir)
+        for name, way in ways.items():
+            case = f"{name}, {kind}"
+            if only in ("", case):
+                way(workshop, found, case, kind)
     return found
+
+
+def file_in_the_way(workshop: Workshop, found: Found, case: str, kind: str) -> None:
+    place = workshop.folder / "case"
+    place.write_text("in the way")
+    # the cache is named, as it cannot lie in the run folder
+    cache_path = workshop.after["stage 1"] / "features.h5"
+    more = [] if kind == "stage 1" else [f"FEATURES={cache_path}"]
+    refused(found, case, kind, start(workshop.folder, kind, place, *more), place.name)
+    found.check(place.read_text() == "in the way", case, "the file was changed")
+    place.unlink()
+    found.count("a file in the place of the run folder")
+
+
+def no_permission(workshop: Workshop, found: Found, case: str, kind: str) -> None:
+    with workshop.copy(kind) as run_dir:
+        run_dir.chmod(0o555)
+        stage = start(workshop.folder, kind, run_dir, hinder=drop_capabilities)
+        refused(found, case, kind, stage, run_dir.name)
+        run_dir.chmod(0o755)
+        found.count("a run folder without permission to write")
+        workshop.check_earlier_files(found, case, kind, run_dir)
+        workshop.finish(found, case, kind, run_dir)
+
+
+def full_disk(workshop: Workshop, found: Found, case: str, kind: str) -> None:
+    """The disk has room for what is there, and for little more."""
+    before = workshop.before[kind]
+    used = sum((before / path).stat().st_size for path in files_below(before))
+    on_a_disk(workshop, found, case, kind, f"size={used // 1024 + 200}k")
+
+
+def read_only_file_system(workshop: Workshop, found: Found, case: str, kind: str) -> None:
+    on_a_disk(workshop, found, case, kind, "size=64m", read_only=True)
+
+
+def on_a_disk(workshop: Workshop, found: Found, case: str, kind: str, options: str,
+              read_only: bool = False) -> None:
+    """Runs a stage on a file system on which it must fail, and then with room to write."""
+    what = case.removesuffix(f", {kind}")
+    run_dir = workshop.folder / "case"
+    with small_disk(run_dir, options) as mounted:
+        if not mounted:
+            found.count(f"{what}: left out, this machine mounts nothing")
+            return
+        shutil.copytree(workshop.before[kind], run_dir, dirs_exist_ok=True)
+        if read_only:
+            remount(run_dir, "ro")
+        refused(found, case, kind, start(workshop.folder, kind, run_dir), run_dir.name)
+        found.count(f"a {what}, mounted")
+        workshop.check_earlier_files(found, case, kind, run_dir)
+        remount(run_dir, "rw,size=64m")
+        workshop.finish(found, case, kind, run_dir)
