@@ -1,4 +1,7 @@
-"""The report page: what is embedded in it, and, in a headless Chromium where there is one, what it does."""
+"""The report page: what is embedded in it, and what it does.
+
+The latter needs a headless Chromium; without one those tests are skipped.
+"""
 
 import base64
 import html
@@ -16,29 +19,45 @@ import pytest
 from PIL import Image
 
 from common.results import report
+from common.results.paper import POOLED_NOTE
 from common.runtime import files
 
 HEIGHT, WIDTH, FRAME, ROUNDS, NAN = 40, 60, 1000, 3, float("nan")
 HOSTILE = "</script><b id=broken>x</b><!--<script>.jpg"
 HOSTILE_CLASS = "<img src=x onerror=problems.push(1)>"
 RESULTS = {
-    "task": "demo_<i>shadow</i>", "sam": "demo", "clip": "ViT-B-16/openai", "seed": 7, "images": 240, "samples": 240,
-    "rounds": ROUNDS, "branch": "explicit", "foreground_rate_attainable": 0.5,
-    "rows": {"AlignSAM": {"mIoU": 0.4311, "MAE": 0.0709, "FR": 0.25, "per_class": {"star": {"mIoU": 0.125}}},
+    "task": "demo_<i>shadow</i>", "sam": "demo", "clip": "ViT-B-16/openai", "seed": 7,
+    "images": 240, "samples": 240, "rounds": ROUNDS, "branch": "explicit",
+    "foreground_rate_attainable": 0.5,
+    "rows": {"AlignSAM": {"mIoU": 0.4311, "MAE": 0.0709, "FR": 0.25,
+                          "pooled": {"IoU": 0.5, "BER": 0.375},
+                          "per_class": {"star": {"mIoU": 0.125, "pooled": {"IoU": 0.75}}}},
              "w/o MSI": {"mIoU": NAN, "MAE": None, "per_class": {"<ring>": {"mIoU": 0.0625}}}},
     "iou_per_round": {"AlignSAM": [0.1, 0.2, 0.3, 0.4311], "w/o MSI": [0.1, 0.2], "PerSAM": [0.9]}}
-LOG = [{"step": 10 * row, "loss": 1 / row, "half_known": 0.5 if row % 2 else NAN} for row in range(1, 6)]
+
+
+def log(unknown: float | None) -> list[dict]:
+    """Five steps of two quantities, of which one is known at every second step."""
+    return [{"step": 10 * row, "loss": 1 / row, "half_known": 0.5 if row % 2 else unknown}
+            for row in range(1, 6)]
+
+
+LOG = log(NAN)
 
 
 def item(name: str = "a.jpg", target: str | None = None, last_iou: float = 0.5, **other) -> dict:
-    """A grey image (40, 60) whose truth is a box and whose mask grows by 10 columns a round, from 10 to 40."""
+    """A grey image (40, 60) whose truth is a box.
+
+    Its mask grows by 10 columns a round, from 10 to 40.
+    """
     columns, lines = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
+    points = [[900, 100], [900, 900], [100, 900], [500, 900], [750, 100]]
     known = {
         "image": np.full((HEIGHT, WIDTH, 3), 128, np.uint8),
         "truth": ((columns >= 30) & (columns < 50) & (lines >= 10) & (lines < 30)).astype(np.uint8),
         "masks": [columns < 10 + 10 * number for number in range(ROUNDS + 1)],
         "ious": [0.1, 0.2, 0.3, last_iou],
-        "points": np.array([[900, 100], [900, 900], [100, 900], [500, 900], [750, 100]], np.float32),
+        "points": np.array(points, np.float32),
         "labels": np.array([1, 0, 0, 1, 1]), "frame": FRAME} | other
     return report.gallery_item(name, target, **known)
 
@@ -50,7 +69,8 @@ def picture(uri: str) -> Image.Image:
     return opened
 
 
-def written(path: Path, results: dict = RESULTS, srm_log: list = LOG, agent_log: list = LOG, gallery: list = ()) -> str:
+def written(path: Path, results: dict = RESULTS, srm_log: list = LOG, agent_log: list = LOG,
+            gallery: list = ()) -> str:
     report.write_report(path, results, srm_log, agent_log, list(gallery))
     return path.read_text(encoding="utf-8")
 
@@ -86,8 +106,9 @@ class Tags(HTMLParser):
 def test_pictures_and_masks_of_a_large_image_come_at_one_small_size():
     generator = np.random.default_rng(0)
     truth = generator.integers(0, 2, (1500, 2000), np.uint8)
-    made = item(image=generator.integers(0, 256, (1500, 2000, 3), np.uint8), truth=truth, masks=[truth == 1] * 16,
-                ious=[0.5] * 16, points=np.zeros((17, 2)), labels=np.zeros(17))
+    image = generator.integers(0, 256, (1500, 2000, 3), np.uint8)
+    made = item(image=image, truth=truth, masks=[truth == 1] * 16, ious=[0.5] * 16,
+                points=np.zeros((17, 2)), labels=np.zeros(17))
     assert (made["width"], made["height"]) == (320, 240)
     assert picture(made["image"]).format == "JPEG"
     for uri in (made["image"], made["truth"], *made["masks"]):
@@ -98,9 +119,11 @@ def test_pictures_and_masks_of_a_large_image_come_at_one_small_size():
 def test_a_small_image_keeps_its_size_and_its_masks_every_pixel():
     truth = np.zeros((HEIGHT, WIDTH), np.uint8)
     truth[:10, :20], truth[20:, 30:] = 1, 255
-    masks = [np.random.default_rng(seed).random((HEIGHT, WIDTH)) < 0.5 for seed in range(ROUNDS + 1)]
+    generator = np.random.default_rng(0)
+    masks = [generator.random((HEIGHT, WIDTH)) < 0.5 for _ in range(ROUNDS + 1)]
     made = item(truth=truth, masks=masks)
-    for uri, expected in [(made["truth"], truth == 1), *zip(made["masks"], masks)]:  # ignored is no foreground
+    # ignored is no foreground
+    for uri, expected in [(made["truth"], truth == 1), *zip(made["masks"], masks)]:
         assert picture(uri).mode == "1"
         np.testing.assert_array_equal(np.asarray(picture(uri)), expected)
     assert picture(made["masks"][0]).info["transparency"] == 0
@@ -120,19 +143,23 @@ def test_points_are_shares_of_the_sides_with_their_labels():
     assert made["labels"] == [1, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("wrong", [{"ious": [0.1] * 3}, {"labels": np.zeros(4)}, {"points": np.zeros((6, 2))}])
+@pytest.mark.parametrize("wrong", [
+    {"ious": [0.1] * 3}, {"labels": np.zeros(4)}, {"points": np.zeros((6, 2))}])
 def test_rounds_that_do_not_match_are_refused(wrong):
     with pytest.raises(ValueError, match="a.jpg"):
         item(**wrong)
 
 
 def test_the_page_holds_what_it_was_given_with_null_for_what_is_not_finite(tmp_path):
-    gallery = [item("a.jpg", "star"), item("b.jpg", ious=[np.float32("nan"), np.float64(0.25), float("inf"), 0.75])]
+    ious = [np.float32("nan"), np.float64(0.25), float("inf"), 0.75]
+    gallery = [item("a.jpg", "star"), item("b.jpg", ious=ious)]
     data = Tags(written(tmp_path / "report.html", gallery=gallery)).data
     assert data["gallery"] == gallery and gallery[1]["ious"] == [None, 0.25, None, 0.75]
-    assert data["srm_log"] == data["agent_log"] == [
-        {"step": 10 * row, "loss": 1 / row, "half_known": 0.5 if row % 2 else None} for row in range(1, 6)]
-    assert data["results"]["rows"]["w/o MSI"] == {"mIoU": None, "MAE": None, "per_class": {"<ring>": {"mIoU": 0.0625}}}
+    assert data["srm_log"] == data["agent_log"] == log(None)
+    assert data["pooled_note"] == POOLED_NOTE
+    rows = data["results"]["rows"]
+    assert rows["AlignSAM"] == RESULTS["rows"]["AlignSAM"]
+    assert rows["w/o MSI"] == {"mIoU": None, "MAE": None, "per_class": {"<ring>": {"mIoU": 0.0625}}}
     assert {key: value for key, value in data["results"].items() if key != "rows"} == {
         key: value for key, value in RESULTS.items() if key != "rows"}
 
@@ -158,10 +185,14 @@ def test_nothing_in_the_page_refers_to_the_network(tmp_path):
     page = Tags(text)
     for tag, attributes in page.tags:
         assert not {"src", "srcset", "href", "action", "data", "poster"} & attributes.keys(), tag
-    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket|EventSource|sendBeacon|import\(", text)
-    addresses = set(re.findall(r"""(?:https?:)?//[\w-]+\.[^"'`\s]*""", re.sub(r'"data:[^"]*"', "", text)))
+    fetching = (r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket|EventSource|sendBeacon|"
+                r"import\(")
+    assert not re.search(fetching, text)
+    without_pictures = re.sub(r'"data:[^"]*"', "", text)
+    addresses = set(re.findall(r"""(?:https?:)?//[\w-]+\.[^"'`\s]*""", without_pictures))
     assert addresses == {"http://www.w3.org/2000/svg"}  # the name of a vocabulary; nobody opens it
-    policy = next(each["content"] for tag, each in page.tags if each.get("http-equiv") == "Content-Security-Policy")
+    [policy] = [each["content"] for tag, each in page.tags
+                if each.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none';") and "http" not in policy
 
 
@@ -182,18 +213,24 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
 COLLECT = """<script>
 const problems = [];
 for (const kind of ["error", "unhandledrejection", "securitypolicyviolation"])
-  addEventListener(kind, event => problems.push(`${kind}: ${event.message ?? event.reason ?? event.blockedURI}`), true);
+  addEventListener(kind, event => {
+    problems.push(`${kind}: ${event.message ?? event.reason ?? event.blockedURI}`);
+  }, true);
 console.error = (...words) => problems.push(words.join(" "));
 </script>"""
 
-# What is seen from outside: texts, pixels of the canvas, the state of the controls. The browser prints the page once it
-# is loaded, and a frame that is still being written holds that up until the probe is through, in real time.
+# What is seen from outside: texts, pixels of the canvas, the state of the controls. The browser
+# prints the page once it is loaded. A frame that is still being written holds that up until the
+# probe is through, in real time.
 PROBE = """<script>
 const found = { problems }, hold = document.body.appendChild(document.createElement("iframe"));
 hold.contentDocument.open();
-const one = selector => document.querySelector(selector), all = selector => [...document.querySelectorAll(selector)];
+const one = selector => document.querySelector(selector);
+const all = selector => [...document.querySelectorAll(selector)];
 const texts = selector => all(selector).map(each => each.textContent);
-const settle = async () => { for (let frame = 0; frame < 20; frame++) await new Promise(requestAnimationFrame); };
+const settle = async () => {
+  for (let frame = 0; frame < 20; frame++) await new Promise(requestAnimationFrame);
+};
 const input = async (selector, change) => {
   Object.assign(one(selector), change).dispatchEvent(new Event("input", { bubbles: true }));
   await settle();
@@ -206,30 +243,35 @@ const pixel = (canvas, x, y) => [...canvas.getContext("2d").getImageData(x, y, 1
 </script>"""
 
 READ = """
-  Object.assign(found, { title: document.title, heading: one("header").innerText, tables: texts("tr"),
-    charts: all("main figure > svg").length, labels: texts("#per-round figure > svg text"),
+  Object.assign(found, { title: document.title, heading: one("header").innerText,
+    tables: texts("tr"), charts: all("main figure > svg").length,
+    labels: texts("#per-round figure > svg text"),
     paths: all("#srm-log path").map(each => each.getAttribute("d")), main: one("main").innerHTML,
     visible: one("main").innerText });
 """
 
 PLAY = READ + """
   const entries = JSON.parse(one("#report-data").textContent).gallery;
-  found.sizes = await Promise.all(entries.slice(0, 3).flatMap(({ image, truth, masks }) => [image, truth, ...masks])
+  found.sizes = await Promise.all(entries.slice(0, 3)
+    .flatMap(({ image, truth, masks }) => [image, truth, ...masks])
     .map(uri => new Promise(done => {
       const image = new Image();
       image.onload = image.onerror = () => done([image.naturalWidth, image.naturalHeight]);
       image.src = uri;
     })));
-  const canvas = one("#cards canvas"), drawn = () => all("#cards canvas").map(each => each.width > 0);
+  const canvas = one("#cards canvas");
+  const drawn = () => all("#cards canvas").map(each => each.width > 0);
   const shown = () => all("#cards figure").map(each => each.checkVisibility());
   const read = () => ({ slider: one("#round").value, output: one("#round-now").textContent,
-    iou: one("#cards strong").textContent, inMask: pixel(canvas, 280, 160), onOutline: pixel(canvas, 238, 160),
-    first: pixel(canvas, 436, 36), firstRing: pixel(canvas, 432 + 13, 32), second: pixel(canvas, 436, 292),
+    iou: one("#cards strong").textContent, inMask: pixel(canvas, 280, 160),
+    onOutline: pixel(canvas, 238, 160), first: pixel(canvas, 436, 36),
+    firstRing: pixel(canvas, 432 + 13, 32), second: pixel(canvas, 436, 292),
     newest: pixel(canvas, 364, 36), newestRing: pixel(canvas, 360 + 13, 32),
     beforeRing: pixel(canvas, 240 + 13, 288) });
   canvas.scrollIntoView();
   await settle();
-  Object.assign(found, { last: read(), captions: texts("#cards figcaption").slice(0, 3), drawnAtTop: drawn() });
+  const captions = texts("#cards figcaption").slice(0, 3);
+  Object.assign(found, { last: read(), captions, drawnAtTop: drawn() });
   await input("#round", { value: 0 });
   found.start = read();
   document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
@@ -246,7 +288,8 @@ PLAY = READ + """
   }
   found.classes = all("#class option").map(each => each.value);
   await input("#class", { value: "star" });
-  Object.assign(found, { shownStars: shown(), drawnStars: drawn(), count: one("#count").textContent });
+  const count = one("#count").textContent;
+  Object.assign(found, { shownStars: shown(), drawnStars: drawn(), count });
   await input("#class", { value: "" });
   found.shownAll = shown();
   all("#cards canvas").at(-1).scrollIntoView();
@@ -258,16 +301,23 @@ PLAY = READ + """
 
 
 def browse(path: Path, probe: str, *options: str) -> dict:
-    """What `probe` finds in the page at `path`, opened in a wide window. Skips where there is no browser."""
-    browser = os.environ.get("CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    """What `probe` finds in the page at `path`, opened in a wide window.
+
+    Skips where there is no browser.
+    """
+    known = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = [os.environ.get("CHROMIUM"), *map(shutil.which, known)]
+    browser = next(filter(None, found), None)
     if not browser:
-        pytest.skip("no Chromium found: install one, or name it in the environment variable CHROMIUM")
+        pytest.skip("no Chromium found: install one, or name it in the environment variable "
+                    "CHROMIUM")
     page = path.read_text(encoding="utf-8")
     probed = path.with_name("probed.html")
-    page = page.replace("<head>", "<head>" + COLLECT).replace("</body>", PROBE.replace("PLACE", probe) + "</body>")
+    page = page.replace("<head>", "<head>" + COLLECT)
+    page = page.replace("</body>", PROBE.replace("PLACE", probe) + "</body>")
     probed.write_text(page, encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1600,1600", *options,
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu",
+               "--window-size=1600,1600", *options,
                f"--user-data-dir={path.parent / 'profile'}", "--dump-dom", probed.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     found = re.search(r'<body[^>]* data-found="([^"]*)"', done.stdout)
@@ -287,7 +337,8 @@ GREEN, RED, WHITE = (40, 220, 60), (240, 40, 40), (255, 255, 255)
 def played(tmp_path_factory) -> dict:
     """What was found in a page of 200 images while its controls were moved."""
     path = tmp_path_factory.mktemp("report") / "report.html"
-    gallery = [item("unknown.jpg", "star", NAN), item(HOSTILE, HOSTILE_CLASS, 0.02), item("worst.jpg", "star", 0.01)]
+    gallery = [item("unknown.jpg", "star", NAN), item(HOSTILE, HOSTILE_CLASS, 0.02),
+               item("worst.jpg", "star", 0.01)]
     written(path, gallery=gallery + [item("other.jpg", "ring")] * 197)
     return browse(path, PLAY)
 
@@ -304,8 +355,10 @@ def test_the_heading_names_the_run_and_the_stand_ins(played):
 
 
 def test_tables_are_in_percent_with_dashes_for_what_is_unknown(played):
-    assert played["tables"] == ["mIoUMAEFR", "AlignSAM43.10.07125.0", "w/o MSI–––",
+    assert played["tables"] == ["mIoUMAEFRpooled IoUpooled BER",
+                                "AlignSAM43.10.07125.050.037.5", "w/o MSI–––––",
                                 "AlignSAMw/o MSI", "star12.5–", "<ring>–6.3"]
+    assert POOLED_NOTE in played["visible"]
 
 
 def test_the_papers_figures_stand_below_the_results(tmp_path):
@@ -355,25 +408,31 @@ def test_only_the_newest_point_is_ringed(played):
 
 def test_the_arrow_keys_move_one_round_and_leave_the_slider_its_own(played):
     assert played["afterArrow"]["output"] == "1 of 3" and played["afterArrow"]["iou"] == "IoU 20.0"
-    assert played["afterArrowOnSlider"] == "1"  # the browser itself moves it, and a synthetic key does not
+    # the browser itself moves it, and a synthetic key does not
+    assert played["afterArrowOnSlider"] == "1"
 
 
 def test_mask_outline_and_points_can_be_switched_off(played):
-    assert near(played["start"]["onOutline"], OUTLINE) and near(played["without_truth"]["onOutline"], GREY)
-    assert near(played["without_mask"]["inMask"], GREY) and near(played["without_mask"]["newest"], GREEN)
+    assert near(played["start"]["onOutline"], OUTLINE)
+    assert near(played["without_truth"]["onOutline"], GREY)
+    assert near(played["without_mask"]["inMask"], GREY)
+    assert near(played["without_mask"]["newest"], GREEN)
     assert near(played["without_points"]["first"], GREY)
 
 
 def test_the_class_filter_hides_the_others(played):
     assert played["classes"] == ["", HOSTILE_CLASS, "ring", "star"]
-    stars = [True] + [False] * 198 + [True]  # the worst, and the one of unknown IoU, far below the screen until then
-    assert played["shownStars"] == played["drawnStars"] == stars and played["count"] == "2 of 200 shown"
+    # the worst, and the one of unknown IoU, far below the screen until then
+    stars = [True] + [False] * 198 + [True]
+    assert played["shownStars"] == played["drawnStars"] == stars
+    assert played["count"] == "2 of 200 shown"
     assert played["shownAll"] == [True] * 200
 
 
 def test_of_many_images_only_those_in_sight_are_drawn(played):
-    assert played["drawnAtTop"][0] and not played["drawnAtTop"][-1] and sum(played["drawnAtTop"]) < 100
-    assert played["drawnAtEnd"][-1] and not played["drawnAtEnd"][0] and sum(played["drawnAtEnd"]) < 100
+    top, end = played["drawnAtTop"], played["drawnAtEnd"]
+    assert top[0] and not top[-1] and sum(top) < 100
+    assert end[-1] and not end[0] and sum(end) < 100
 
 
 def test_names_are_shown_as_they_are_and_controls_are_labelled(played):
@@ -384,14 +443,16 @@ def test_names_are_shown_as_they_are_and_controls_are_labelled(played):
 
 def test_the_page_fits_a_window_of_400_pixels(tmp_path):
     page = written(tmp_path / "report.html", gallery=[item("long" * 50, HOSTILE)])
+    # in a frame, because Chromium's own windows are 500 wide or more
     found = browse(tmp_path / "report.html", """
         const frame = Object.assign(document.createElement("iframe"), { srcdoc: PAGE });
         frame.style = "width: 400px; height: 900px; border: 0";
         await new Promise(done => { frame.onload = done; document.body.append(frame); });
         const inside = frame.contentDocument;
-        Object.assign(found, { width: frame.contentWindow.innerWidth, needed: inside.documentElement.scrollWidth,
+        Object.assign(found, { width: frame.contentWindow.innerWidth,
+          needed: inside.documentElement.scrollWidth,
           cards: inside.querySelectorAll("#cards figure").length });
-        """.replace("PAGE", json.dumps(page).replace("<", "\\u003c")))  # Chromium's own windows are 500 wide or more
+        """.replace("PAGE", json.dumps(page).replace("<", "\\u003c")))
     assert found["problems"] == []
     assert found["cards"] == 1 and found["width"] == 400 and found["needed"] <= 400
 
@@ -406,8 +467,9 @@ def test_the_page_follows_the_colour_scheme(tmp_path):
 
 @pytest.mark.parametrize("results, log", [
     (RESULTS | {"rows": {}, "iou_per_round": {}}, []),
-    (RESULTS | {"rows": {"AlignSAM": {"mIoU": NAN}}, "foreground_rate_attainable": NAN, "seed": None,
-                "rounds": 1, "iou_per_round": {"AlignSAM": [NAN, 0.5], "w/o RL": [NAN, NAN], "w/o SRM": [0.5]}},
+    (RESULTS | {"rows": {"AlignSAM": {"mIoU": NAN}}, "foreground_rate_attainable": NAN,
+                "seed": None, "rounds": 1,
+                "iou_per_round": {"AlignSAM": [NAN, 0.5], "w/o RL": [NAN, NAN], "w/o SRM": [0.5]}},
      [{"episode": 1, "loss": NAN, "same": 0.0}]),
     (RESULTS | {"sam": "vit_h"}, [{"step": 1, "huge": 1e30}, {"step": 2, "huge": -1e30}])])
 def test_a_run_with_little_in_it_gives_a_page_without_errors(tmp_path, results, log):
@@ -415,6 +477,8 @@ def test_a_run_with_little_in_it_gives_a_page_without_errors(tmp_path, results, 
     found = browse(tmp_path / "report.html", READ)
     assert found["problems"] == []
     assert not re.search("NaN|undefined|Infinity|null", found["main"])
-    assert "This report was written without images." in found["visible"] and "arrow keys" not in found["visible"]
+    assert "This report was written without images." in found["visible"]
+    assert "arrow keys" not in found["visible"]
+    assert (POOLED_NOTE in found["visible"]) == ("pooled" in str(results["rows"]))
     assert ("Stand-in" in found["heading"]) == (results["sam"] == "demo")
     assert found["visible"].count("No log.") == (0 if log else 2)

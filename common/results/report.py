@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.results.paper import POOLED_NOTE
 from common.runtime.files import write_atomic
 
 SIDE = 320  # longest side of a picture in the gallery, in pixels: 200 test images are some 10 MB
@@ -60,7 +61,8 @@ def write_report(path: Path, results: dict, srm_log: list[dict], agent_log: list
 
     What is not a finite number is shown as a dash.
     """
-    data = {"results": _plain(results), "paper": _plain(paper), "srm_log": _plain(srm_log),
+    data = {"results": _plain(results), "pooled_note": POOLED_NOTE, "paper": _plain(paper),
+            "srm_log": _plain(srm_log),
             "agent_log": _plain(agent_log), "gallery": sorted(_plain(gallery), key=_last_iou)}
     # ASCII, because a file name that is not UTF-8 reaches Python as lone surrogates, which no file
     # can be written with
