@@ -268,7 +268,7 @@ def _cuhk(task: Task, data_dir: Path, image_dir: Path, mask_dir: Path) -> list[S
     names = [name for name, _, _ in pairs]
     list_file = data_dir / "test.txt"
     if list_file.is_file():
-        test, source = set(_read_list(list_file)), "named in test.txt"
+        test, source = set(read_list(list_file)), "named in test.txt"
         unknown = sorted(test - set(names))
         if unknown:
             raise UserError(f"{list_file} names {_some(unknown)}, but {image_dir} has no such "
@@ -290,7 +290,7 @@ def _cuhk(task: Task, data_dir: Path, image_dir: Path, mask_dir: Path) -> list[S
 def _voc(data_dir: Path, image_dir: Path, mask_dir: Path) -> list[Sample]:
     """The images in VOC's lists; its folders hold many more images, for its other tasks."""
     images, masks = _pictures(image_dir), _pictures(mask_dir)
-    names = {split: _read_list(data_dir / file) for split, file in _VOC_LISTS.items()}
+    names = {split: read_list(data_dir / file) for split, file in _VOC_LISTS.items()}
     shared = sorted(set(names["train"]) & set(names["test"]))
     if shared:
         raise UserError(f"{' and '.join(_VOC_LISTS.values())} in {data_dir} both name "
@@ -308,7 +308,7 @@ def _voc(data_dir: Path, image_dir: Path, mask_dir: Path) -> list[Sample]:
             for split in names for name in sorted(names[split])]
 
 
-def _read_list(file: Path) -> list[str]:
+def read_list(file: Path) -> list[str]:
     """The names in a list file, each once; a line may hold a folder and an extension too."""
     lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     paths = [Path(line.strip()) for line in lines if line.strip()]

@@ -57,7 +57,7 @@ def draw_data(folder: Path) -> None:
             size = (200, 150 + 10 * index)
             image = Image.fromarray(scene.image)
             image.resize(size).save(images / f"{index}.jpg")
-            mask = Image.fromarray(scene.labels("saliency") * 255)
+            mask = Image.fromarray(scene.label_map("saliency") * 255)
             mask.resize(size, Image.NEAREST).save(masks / f"{index}.png")
 
 

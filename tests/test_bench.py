@@ -133,10 +133,11 @@ def test_an_official_architecture_has_the_same_random_weights_every_time(monkeyp
 
 def test_a_profile_names_the_dearest_operators_below_the_table(tiny, monkeypatch, capsys):
     monkeypatch.setattr(bench, "WORKLOADS", ("prompt",))
-    monkeypatch.setattr(bench, "PROFILE", 3)
+    monkeypatch.setattr(bench, "PROFILE", 30)  # nearly all: which come first is a matter of time
     bench.main()
     operators = json.loads((tiny / "bench.json").read_text())["workloads"]["prompt"]["profile"]
     shares = [share for _, share in operators]
-    assert len(operators) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
+    assert 3 < len(operators) <= 30
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
     assert any(name in ("aten::addmm", "aten::mm", "aten::bmm") for name, _ in operators)
     assert f"prompt: {operators[0][0]} {100 * shares[0]:.0f} %" in capsys.readouterr().out

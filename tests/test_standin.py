@@ -21,9 +21,9 @@ def test_scenes_are_the_same_for_the_same_seed_and_hold_their_target(effect):
     one, again = (scenes.draw_for_task(effect, "test", 3) for _ in range(2))
     other = scenes.draw_for_task(effect, "test", 4)
     assert np.array_equal(one.image, again.image)
-    assert np.array_equal(one.labels(effect), again.labels(effect))
+    assert np.array_equal(one.label_map(effect), again.label_map(effect))
     assert not np.array_equal(one.image, other.image)
-    assert 0.01 <= (one.labels(effect) > 0).mean() <= 0.75
+    assert 0.01 <= (one.label_map(effect) > 0).mean() <= 0.75
 
 
 def test_training_scenes_are_no_scenes_of_a_demo_task(monkeypatch):
@@ -139,7 +139,7 @@ def test_a_demo_data_set_is_read_by_the_benchmarks_own_adapter(effect, tmp_path,
     assert len(tests) == 2
     for index, sample in enumerate(sorted(tests, key=lambda sample: sample.name)):
         scene = scenes.draw_for_task(effect, "test", index)
-        assert np.array_equal(load_label_map(sample, task, (256, 256)), scene.labels(effect))
+        assert np.array_equal(load_label_map(sample, task, (256, 256)), scene.label_map(effect))
         assert np.abs(load_image(sample.image).astype(int) - scene.image).mean() < 6  # JPEG
 
 

@@ -64,7 +64,7 @@ class Scene:
     mirror: np.ndarray
     blur: np.ndarray
 
-    def labels(self, effect: str) -> np.ndarray:
+    def label_map(self, effect: str) -> np.ndarray:
         """The label map of `demo_<effect>`, (S, S) uint8.
 
         Its values are 0 and 1; for "semantic" they are 0 and 1 + the index into KINDS.
@@ -435,7 +435,7 @@ def draw_for_task(effect: str, split: str, index: int, seed: int = 0) -> Scene:
         split_number = ("train", "test").index(split)
         entropy = [seed, 1, EFFECTS.index(effect), split_number, index, attempt]
         scene = draw_scene(np.random.default_rng(entropy), effect)
-        share = (scene.labels(effect) > 0).mean()
+        share = (scene.label_map(effect) > 0).mean()
         if 0.01 <= share <= 0.75:
             return scene
     raise RuntimeError(f"no scene for demo_{effect} in 100 attempts")
@@ -506,7 +506,7 @@ def write_scene(job: tuple[str, str, int, Path]) -> str:
     effect, split, index, folder = job
     image_path, mask_path = (folder / path for path in paths(effect, split, index))
     scene = draw_for_task(effect, split, index)
-    mask = Image.fromarray(scene.labels(effect) * (1 if effect == "semantic" else 255))
+    mask = Image.fromarray(scene.label_map(effect) * (1 if effect == "semantic" else 255))
     if effect == "semantic":
         mask.putpalette(PALETTE)
     put(image_path, functools.partial(Image.fromarray(scene.image).save, quality=92))

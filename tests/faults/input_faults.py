@@ -27,7 +27,7 @@ from PIL import Image
 
 from common.agent import Actor, Critic, Learner
 from common.cache import Cache
-from common.datasets import Sample, _read_list, image_size, load_image, load_label_map
+from common.datasets import Sample, image_size, load_image, load_label_map, read_list
 from common.episode import patch_centres
 from common.frozen.sam_weights import load_sam
 from common.results import tables
@@ -85,7 +85,7 @@ def check_label_map(path: Path, task_name: str, prompt: str, size: tuple[int, in
 
 
 def read_names(path: Path) -> str:
-    require(all(isinstance(name, str) for name in _read_list(path)), "no names")
+    require(all(isinstance(name, str) for name in read_list(path)), "no names")
     return ""
 
 
