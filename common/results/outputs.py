@@ -107,7 +107,8 @@ class Report:
         """
         if self.part.exists():
             saved = checkpoint.load(self.part, command, rows=dict)
-            if saved["settings"] == self.made_with:
+            whole = all("pooled" in row["metrics"] for row in saved["rows"].values())
+            if saved["settings"] == self.made_with and whole:  # earlier versions pooled nothing
                 self.finished = saved["rows"]
 
     def add(self, row: str, summary: dict) -> None:
