@@ -223,6 +223,12 @@ def test_stage_2_learns_in_f_times_map_and_f_times_mask(in_workplace, monkeypatc
     assert torch.equal(seen.s_c, episode.embeddings * episode.maps[:, None])
     assert torch.equal(seen.s_t, episode.embeddings * episode.mask[:, None])
     assert not episode.allowed[:, ::2].any() and episode.allowed[:, 1::2].all()
+    shots = stage.open_run(vars(stage)).cache.training_set(0, 3, torch.device("cpu"))
+    for points, embedding in zip(episode.points, episode.embeddings):  # P_0 by its own truth
+        own = [torch.equal(embedding, other) for other in shots.embeddings]
+        label_map = shots.label_maps[own.index(True)]
+        columns, rows = (points[:2] / 800 * torch.tensor(label_map.shape[::-1])).long().T
+        assert label_map[rows, columns].tolist() == [1, 0]
 
 
 def test_the_reported_miou_is_that_of_the_last_mask(workplace):
@@ -270,15 +276,15 @@ def test_persams_target_is_of_the_samples_own_class(monkeypatch):
     training = np.array([[0, 1], [1, 0], [2, 1]])
     cache = SimpleNamespace(
         texts=("a", "b"), samples=lambda split: training,
-        embeddings=lambda samples: torch.tensor(samples[:, 0] + 1.0).view(-1, 1, 1, 1),
+        embeddings=lambda samples: torch.tensor((samples[:, 0] + 1.0) ** 2).view(-1, 1, 1, 1),
         truth_grid=lambda samples: torch.ones(len(samples), 1, 1))
     prompter, device = SimpleNamespace(sam=None, frame=800), torch.device("cpu")
     baselines = Baselines.prepare(["PerSAM"], cache, 0, prompter, device)
     episode = SimpleNamespace(embeddings=torch.zeros(3, 1, 1, 1))
     masks = baselines.segment("PerSAM", episode, np.array([[5, 1], [6, 0], [7, 1]]), None, 8)
-    assert masks.flatten().tolist() == [2.0, 2.0, 2.0]  # means of 1 and 3 for b, 2 for a
+    assert masks.flatten().tolist() == [5.0, 4.0, 5.0]  # the mean of 1 and 9 for b, 4 for a
     baselines = Baselines.prepare(["PerSAM"], cache, 2, prompter, device)
-    assert baselines.targets[1].item() == 1.0 and baselines.targets[0].item() == 2.0
+    assert baselines.targets[1].item() == 1.0 and baselines.targets[0].item() == 4.0
 
 
 def test_pooled_metrics_count_all_pixels_together():
