@@ -100,8 +100,7 @@ def main() -> None:
     settings.positive(globals(), "SHOTS", "IMAGE_SIZE", "PATCH_SIZE", "BATCH_SIZE", "WORKERS")
     settings.not_negative(globals(), "SEED", "CLIP_SIZE")
     if SHOTS < 2:
-        raise UserError(f"SHOTS={SHOTS} is too few to compare an action with another: set 2 or "
-                        "more")
+        raise UserError(f"SHOTS={SHOTS} is too few: advantages compare samples, so set 2 or more")
     if IMAGE_SIZE % PATCH_SIZE:
         raise UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one "
                         "that does")

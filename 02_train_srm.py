@@ -27,8 +27,9 @@ TASK = "demo_saliency"  # as in stage 1
 BRANCH = ""  # implicit or explicit (Table 4); empty = the task's own
 SEED = 0  # of weights, states and batches
 
-# how; the paper trains the SRM inside Algorithm 1 only, this stage gives the agent a sensible start
-SHOTS = 0  # of the samples that stage 1 drew, the first so many (Table 10); 0 = all
+# how. The paper trains the SRM only inside Algorithm 1. This stage trains it before, so that the
+# agent starts with useful labels.
+SHOTS = 0  # train on the first SHOTS of the samples that stage 1 drew (Table 10); 0 = all
 STEPS = 600  # optimiser steps
 SRM_BATCH = 8  # samples a step
 LEARNING_RATE = 1e-3  # Adam; stage 3 goes on at the paper's 1e-4
@@ -150,7 +151,7 @@ def main() -> None:
         reach_state(draw_kind(generator), episode, srm, label_maps, generator)
 
         # Eqs. 11 to 13: y_r from s_c and s_t, Dice + BCE against y on the grid
-        maps, y = shots.targets(rows, EVERY_TEXT, generator)
+        maps, y = shots.maps_and_truth(rows, EVERY_TEXT, generator)
         s_c, s_t = episode.semantic_state(maps=maps), episode.state()
         loss, _ = train_step(srm, optimizer, s_c, s_t, y, generator)
         names = [run.cache.name(shots.samples[row]) for row in rows]

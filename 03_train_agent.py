@@ -61,23 +61,23 @@ _OF_STAGE_2 = ("steps", "srm_batch", "learning_rate", "rounds", "states", "chann
                "join_kernel")  # its settings that agent.pt repeats
 
 
-def train_srm(learner: Learner, episode: Episode, shots: TrainingSet, recipe: dict,
+def train_srm(learner: Learner, episode: Episode, shots: TrainingSet, made_with: dict,
               generator: torch.Generator) -> tuple[float, float]:
     """q steps of Eq. 13 in the states that the samples are in now; what the last step returned."""
-    for _ in range(recipe["srm_steps"]):
+    for _ in range(made_with["srm_steps"]):
         rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH]
         rows = rows.to(shots.truth.device)
-        maps, y = shots.targets(rows, recipe["every_text"], generator)
+        maps, y = shots.maps_and_truth(rows, made_with["every_text"], generator)
         s_c, s_t = episode.semantic_state(rows, maps), episode.state(rows)
         last = train_step(learner.srm, learner.srm_optimizer, s_c, s_t, y, generator)
     return last
 
 
-def roll_out(learner: Learner, episode: Episode, shots: TrainingSet, recipe: dict,
+def roll_out(learner: Learner, episode: Episode, shots: TrainingSet, made_with: dict,
              generator: torch.Generator) -> tuple[Rollout, list[tuple[float, float]]]:
-    """Algorithm 1 from P_0 to M_T, for all samples; and what each `train_srm` answered."""
+    """Algorithm 1 from P_0 to M_T, for all samples. Also returns what each `train_srm` returned."""
     # P_0 is a random pixel of foreground and one of background, M_0 = D_M(F, P_0)
-    srm_log = [train_srm(learner, episode, shots, recipe, generator)]  # the state without a mask
+    srm_log = [train_srm(learner, episode, shots, made_with, generator)]  # the state without a mask
     episode.start_from_truth(random_pixels(shots.label_maps, generator, episode.frame))
     rounds = []
     for _ in range(ROUNDS):
@@ -92,7 +92,7 @@ def roll_out(learner: Learner, episode: Episode, shots: TrainingSet, recipe: dic
         rounds.append((episode.mask, episode.allowed, action, distribution.log_prob(action), value,
                        label, reward))
         # the SRM learns in s_t, where it has just answered
-        srm_log.append(train_srm(learner, episode, shots, recipe, generator))
+        srm_log.append(train_srm(learner, episode, shots, made_with, generator))
         episode.step(action, label)  # P_t: P_{t-1} and a_t with its label; M_t = D_M(F, P_t)
     return Rollout(*(torch.stack(part) for part in zip(*rounds))), srm_log
 
@@ -157,9 +157,9 @@ def main() -> None:
         update = ppo_update(actor, critic, ppo, states, rollout, targets, advantages,
                             epochs=EPOCHS, clip_range=CLIP_RANGE)
 
-        srm_loss, srm_accuracy = map(fmean, zip(*srm_log))
-        log.append({"episode": number, **rollout.summary(), **update, "srm_loss": srm_loss,
-                    "srm_accuracy": srm_accuracy,
+        srm_losses, srm_accuracies = zip(*srm_log)
+        log.append({"episode": number, **rollout.summary(), **update,
+                    "srm_loss": fmean(srm_losses), "srm_accuracy": fmean(srm_accuracies),
                     "training_iou": grid_iou(episode.mask, shots.truth),
                     "seconds": time.time() - started})
         losses = {name: log[-1][name] for name in ("policy_loss", "value_loss", "srm_loss")}

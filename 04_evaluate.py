@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=4 04_evaluate.py ...   four processes share the test set
 
 There is no ground truth at the start: P_0 is a foreground point where the SRM's probability is
-highest and a background point where it is lowest. All rows come from the same agent and the same
-SRM, so each changes one thing. A stopped call goes on after the last finished row.
+highest and a background point where it is lowest. The four default rows share the agent, the SRM
+and P_0, so each changes one thing. A stopped call goes on after the last finished row.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from common.runtime.run import Trained, open_run
 
 # what is evaluated
 TASK = "demo_saliency"  # as in stages 1 to 3
-ROWS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")  # of _ROWS below; "all" = all there
+ROWS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")  # names in _ROWS below; all = every row
 ROUNDS = 15  # T
 SAMPLE_ACTIONS = False  # draw the patch from the policy; false takes the most probable one
 SEED = 0  # of the random patches (w/o RL), and of SAMPLE_ACTIONS
@@ -56,14 +56,14 @@ _ROWS = {  # where the next point goes, what labels it, how many rounds
     "w/o RL": ("random", "SRM", "all"),
     "w/o SRM": ("agent", "positive", "all"),
     "w/o MSI": ("agent", "SRM", "one"),
-    "labels: CLIP Surgery": ("agent", "map", "all"),  # Table 8, with the next and w/o SRM
+    "labels: CLIP Surgery": ("agent", "map", "all"),  # Table 8, with the next row and w/o SRM
     "labels: last mask": ("agent", "mask", "all"),
     "oracle labels": ("agent", "truth", "all"),  # the ceiling for the label,
     "oracle clicks": ("error", "truth", "all"),  # and for place and label; no P_0
-    "PerSAM": ("PerSAM", "", "none"),  # from here on there are no rounds
-    "SRM alone": ("SRM", "", "none"),
-    "CLIP Surgery alone": ("map", "", "none"),
-    "CLIP Surgery points": ("map points", "", "none"),
+    "PerSAM": ("", "", "none"),  # from here on there are no rounds
+    "SRM alone": ("", "", "none"),
+    "CLIP Surgery alone": ("", "", "none"),
+    "CLIP Surgery points": ("", "", "none"),
 }
 
 
@@ -100,7 +100,7 @@ def prompt(row: str, episode: Episode, actor: Actor, srm: nn.Module, numbers: Se
 
 def segment(row: str, numbers: list[int], test_set: np.ndarray, cache: Cache, trained: Trained,
             baselines: Baselines) -> tuple[Truth, list[Tensor], Tensor, Episode]:
-    """One row's answer to a batch: its truth, logits and actions as of `prompt`, and the episode.
+    """Segments a batch for one row: its truth, logits and actions as of `prompt`, and the episode.
 
     numbers: (B,) places in test_set (S, 2), whose samples are (image row, text index).
     The rows without rounds have no actions; those "alone" have logits (B, h, w).
@@ -110,17 +110,16 @@ def segment(row: str, numbers: list[int], test_set: np.ndarray, cache: Cache, tr
     episode = trained.new_episode(cache.embeddings(samples), cache.maps(samples))
     if _ROWS[row][2] != "none":
         return truth, *prompt(row, episode, trained.actor, trained.srm, numbers, truth), episode
-    logits = baselines.segment(row, episode, samples, trained.srm, ROUNDS // 2 + 1)
+    count = ROUNDS // 2 + 1  # points of each label: about as many as AlignSAM has in all
+    logits = baselines.segment(row, episode, samples, trained.srm, count)
     return truth, [logits], torch.empty(len(samples), 0, dtype=torch.long), episode
 
 
-def evaluate(row: str, answer: Callable, numbers: Sequence[int], drawing: Drawing) -> list[Score]:
-    """One row's scores and pictures of the test samples `numbers`, at the images' own sizes.
-
-    answer: `segment` of a row and numbers, with all else bound.
-    """
+def evaluate(row: str, segment_batch: Callable, numbers: Sequence[int],
+             drawing: Drawing) -> list[Score]:
+    """One row's scores and pictures; segment_batch: `segment` of a row and numbers."""
     scores, bar = [], tqdm(numbers, row, disable=distributed.RANK > 0)
-    batches = in_batches(bar, BATCH_SIZE, partial(answer, row), mend="set DEVICE=cpu")
+    batches = in_batches(bar, BATCH_SIZE, partial(segment_batch, row), mend="set DEVICE=cpu")
     for batch, (truth, logits, actions, episode) in batches:
         hits = (truth.at_centres.gather(1, actions) == 1).sum(1).tolist()
         points, labels = episode.points.cpu().numpy(), episode.labels.cpu().numpy()
@@ -158,8 +157,8 @@ def main() -> None:
     # the test samples, and what rows without rounds learn from the training samples
     test_set, shots = run.cache.samples("test"), trained.made_with["shots"]
     baselines = Baselines.prepare(rows, run.cache, shots, trained.prompter, run.device)
-    answer = partial(segment, test_set=test_set, cache=run.cache, trained=trained,
-                     baselines=baselines)
+    segment_batch = partial(segment, test_set=test_set, cache=run.cache, trained=trained,
+                            baselines=baselines)
     drawing = Drawing(run.cache, test_set, PICTURES, GALLERY)
     report = Report(run.folder, RESULTS, run.cache, trained.content, rows, drawing, made_with | {
         "batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY})
@@ -169,7 +168,7 @@ def main() -> None:
     mine = distributed.share_batches(range(len(test_set)), BATCH_SIZE)
     for row in rows:
         if row not in report.finished:
-            scores = distributed.gather(evaluate(row, answer, mine, drawing))  # on rank 0
+            scores = distributed.gather(evaluate(row, segment_batch, mine, drawing))  # on rank 0
             if scores:
                 report.add(row, summarise(scores, drawing.classes, ROUNDS))
     if distributed.RANK == 0:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from common.layers import conv_block, interval_overlaps
 
 WIDTH = 32  # channels of actor and critic: 50 images cannot train more
-LOGIT_SCALE = 10  # of the actor's output: at the paper's rate, unscaled logits move too little
+LOGIT_SCALE = 10  # factor on the actor's output: at the paper's rate logits change too slowly
 
 
 def trunk(channels: int) -> nn.Sequential:

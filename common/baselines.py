@@ -114,7 +114,8 @@ class Baselines(NamedTuple):
         """For these rows, from the first `shots` training samples (0: all)."""
         samples = cache.samples("train")[:shots or None]
         persam, targets, threshold = PerSAM(prompter.sam, prompter.frame), {}, None
-        for text in range(len(cache.texts)) if "PerSAM" in rows else ():
+        texts = range(len(cache.texts)) if "PerSAM" in rows else ()
+        for text in texts:
             same = samples[samples[:, 1] == text]
             if not len(same):
                 same = samples  # few shots of many classes leave some without: then all there are

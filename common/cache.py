@@ -36,8 +36,8 @@ class TrainingSet:
     truth_centres: torch.Tensor  # y at the patch centres, uint8 (S, P)
     label_maps: list[np.ndarray]  # y, S uint8 (H, W)
 
-    def targets(self, rows: torch.Tensor, every_text: bool,
-                generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def maps_and_truth(self, rows: torch.Tensor, every_text: bool,
+                       generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """M_c and y on the grid, (B, h, w) each, of the samples `rows`.
 
         every_text: of a text that the sample's image holds, at random, instead of its own text.
@@ -217,7 +217,7 @@ class Cache:
         return self._names[sample[0]]
 
     def _checked(self, dataset: str, row: int, values: np.ndarray) -> np.ndarray:
-        """`values`, one image's part of a dataset. Raises UserError where its CRC is another."""
+        """`values`, one image's part of a dataset. Raises UserError if their CRC is another."""
         if (dataset, row) not in self._compared:
             if zlib.crc32(values) != self._crc[row, SUMMED.index(dataset)]:
                 raise UserError(f"{self.path} is damaged (/{dataset} of {self._names[row]} is not "

@@ -94,7 +94,7 @@ def truth_on_grid(label_map: np.ndarray, label: int, grid: tuple[int, int]) -> n
 def _cell_overlaps(pixels: int, cells: int) -> np.ndarray:
     """float64 (cells, pixels): how much of each pixel of a line lies in each of its equal cells.
 
-    In units of 1 / cells pixel: whole numbers, so that sums are exact, the same on every machine.
+    The unit is 1 / cells of a pixel. All overlaps are then whole numbers, and sums are exact.
     """
     edges, pixel_edges = np.arange(cells + 1) * pixels, np.arange(pixels + 1) * cells
     return interval_overlaps(edges, pixel_edges).astype(np.float64)
@@ -166,9 +166,12 @@ def _label_offsets(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], sizes.prod(1, dtype=np.int64).cumsum()]).astype("<i8")
 
 
-def _attributes(layout: Layout, attributes: dict) -> dict:
-    """Root attributes as stored; the script's come first, so a contradiction names its constant."""
-    stored = attributes | {
+def _attributes(layout: Layout, made_with: dict) -> dict:
+    """Root attributes as stored.
+
+    The script's come first, so that a message about a difference names one of its constants.
+    """
+    stored = made_with | {
         "texts": list(layout.texts), "embedding": list(layout.embedding),
         "frame": layout.frame, "patch_size": layout.patch, "format": FORMAT}
     plain = (bool, int, float, str)
@@ -182,7 +185,7 @@ def stored_attributes(file: h5py.File) -> dict:
             for name, value in file.attrs.items()}
 
 
-def create(path: Path, layout: Layout, attributes: dict) -> None:
+def create(path: Path, layout: Layout, made_with: dict) -> None:
     """Lays out a cache with no image done. Raises UserError where it cannot be written."""
     known, n, k = _known(layout), len(layout.names), len(layout.texts)
     p, pixels = (layout.frame // layout.patch) ** 2, int(known["label_offsets"][-1])
@@ -197,7 +200,7 @@ def create(path: Path, layout: Layout, attributes: dict) -> None:
                             f"{free / 1e9:.2f} GB free: make room, or set RUN_DIR or FEATURES to a "
                             "place on another disk")
         with h5py.File(unfinished, "w", libver="v110") as file:  # the first with checksums
-            file.attrs.update(_attributes(layout, attributes))
+            file.attrs.update(_attributes(layout, made_with))
             for name, values in {**known, "done": np.zeros(n, np.uint8)}.items():
                 if values.dtype.kind == "S":
                     values = values.astype(h5py.string_dtype("utf-8", values.itemsize))
@@ -307,9 +310,9 @@ def _require(holds: bool, otherwise: str) -> None:
 # ---- writing it, image by image ------------------------------------------------------------------
 
 
-def _require_same_run(path: Path, file: h5py.File, layout: Layout, attributes: dict) -> None:
+def _require_same_run(path: Path, file: h5py.File, layout: Layout, made_with: dict) -> None:
     """Raises UserError at the first attribute or array in which the file differs from a new one."""
-    new = _attributes(layout, attributes)
+    new = _attributes(layout, made_with)
     compared = {name: value for name, value in new.items() if name not in NOT_COMPARED}
     require_same(path, stored_attributes(file), compared, MEND)
     for name, values in _known(layout).items():
@@ -349,17 +352,17 @@ class CacheWriter:
         self.offsets = {name: _entry_offsets(file, name) for name in ENTRY}
 
     @classmethod
-    def open_or_create(cls, path: Path, layout: Layout, attributes: dict) -> "CacheWriter":
+    def open_or_create(cls, path: Path, layout: Layout, made_with: dict) -> "CacheWriter":
         """Goes on with the file at `path`, or creates it.
 
-        attributes: what the cached features depend on, under the constants' names in lower case
+        made_with: what the cached features depend on, under the constants' names in lower case
         ("seed" for SEED), and "time" and "versions", the two that may differ from the file's.
-        Raises UserError naming the constant where the file contradicts `attributes` or `layout`.
+        Raises UserError naming the constant where the file contradicts `made_with` or `layout`.
         """
         if not path.exists():
-            create(path, layout, attributes)
+            create(path, layout, made_with)
         with open_file(path) as file:
-            _require_same_run(path, file, layout, attributes)
+            _require_same_run(path, file, layout, made_with)
             return cls(path, file)
 
     def missing(self) -> list[int]:

@@ -125,16 +125,16 @@ def load_label_map(sample: Sample, task: Task, image_size: tuple[int, int]) -> n
     return _fit(label_map, sample, tuple(image_size))
 
 
-def check_trainable(label_map: np.ndarray, sample: Sample) -> None:
-    """Raises UserError, naming the mask, if a label map (H, W) is all background or all one class.
+def untrainable(label_map: np.ndarray) -> str | None:
+    """Why a label map (H, W) cannot be trained on; None if it can.
 
-    An episode starts from one positive and one negative point (paper, Algorithm 1).
+    An episode starts from one positive and one negative point (paper, Algorithm 1), so it needs
+    foreground and background.
     """
     present = np.setdiff1d(label_map, [IGNORE])
     if len(present) < 2:
-        state = "full (no background)" if present.any() else "empty (no foreground)"
-        raise UserError(f"{sample.mask} is {state}, which cannot be trained on: take it and "
-                        f"{sample.image.name} out of the training images")
+        return "full (no background)" if present.any() else "empty (no foreground)"
+    return None
 
 
 def draw_shots(samples: list[Sample], task: Task, count: int,
@@ -182,10 +182,9 @@ def _candidates_per_text(training: list[Sample], task: Task) -> list[list[Sample
     candidates: list[list[Sample]] = [[] for _ in task.texts]
     for sample in tqdm(training, "reading label maps", disable=distributed.RANK > 0):
         label_map = load_label_map(sample, task, image_size(sample.image))
-        present = np.setdiff1d(label_map, [IGNORE])
-        if len(present) < 2:  # there is no background to start an episode from
+        if untrainable(label_map):
             continue
-        for label in present[present > 0]:
+        for label in np.setdiff1d(label_map, [0, IGNORE]):
             candidates[int(label) - 1].append(sample)
     return candidates
 
@@ -197,10 +196,8 @@ def _trainable(training: list[Sample], task: Task, count: int) -> list[Sample]:
         if len(found) == count:
             break
         label_map = load_label_map(sample, task, image_size(sample.image))
-        try:
-            check_trainable(label_map, sample)
-        except UserError as error:
-            print(f"not drawn: {error}")
+        if reason := untrainable(label_map):
+            print(f"not drawn: {sample.mask} is {reason}, so it cannot be trained on")
         else:
             found.append(sample)
     return found

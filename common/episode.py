@@ -57,7 +57,10 @@ class Episode:
         return self.embeddings[rows] * maps[:, None]
 
     def action_state(self, mask: Tensor | None = None) -> Tensor:
-        """The state on the action grid, (B, C, 10, 10); mask (B, h, w): of another round's mask."""
+        """The state on the action grid, (B, C, 10, 10).
+
+        mask: (B, h, w), M of another round; by default the current M.
+        """
         mask = self.mask if mask is None else mask
         state = spatial_state(self.embeddings, mask, self.residual)
         return pool_state(state, round(len(self.centres) ** 0.5))

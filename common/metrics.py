@@ -25,12 +25,13 @@ from common.runtime.errors import UserError
 # {name of a metric of one image: name of its mean over images}
 METRICS = {"IoU": "mIoU", "F": "F", "BER": "BER", "E": "E", "MAE": "MAE"}
 
-iou = IOUHandler(False, False)
-f_measure = FmeasureHandler(False, False, beta=0.3)  # its beta is the field's beta squared
-ber = BERHandler(False, False)
-accuracy = OverallAccuracyHandler(False, False)
-true_positive_rate = TPRHandler(False, False)
-true_negative_rate = TNRHandler(False, False)
+_ONE_MASK = {"with_dynamic": False, "with_adaptive": False}  # no thresholds: masks are binary
+iou = IOUHandler(**_ONE_MASK)
+f_measure = FmeasureHandler(**_ONE_MASK, beta=0.3)  # its beta is the field's beta squared
+ber = BERHandler(**_ONE_MASK)
+accuracy = OverallAccuracyHandler(**_ONE_MASK)
+true_positive_rate = TPRHandler(**_ONE_MASK)
+true_negative_rate = TNRHandler(**_ONE_MASK)
 
 
 def evaluate_mask(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -119,9 +120,13 @@ def average_iou(values: list[float],
 
     classes: the class of each result. Without them the dict is empty.
     """
-    means = average([dict.fromkeys(METRICS, value) for value in values], classes)
-    per_class = means.get("per_class", {})
-    return means["mIoU"], {label: row["mIoU"] for label, row in per_class.items()}
+    if classes is None:
+        return fmean(values), {}
+    of_class: dict[str, list[float]] = {}
+    for value, label in zip(values, classes, strict=True):
+        of_class.setdefault(label, []).append(value)
+    means = {label: fmean(ious) for label, ious in of_class.items()}
+    return fmean(means.values()), means
 
 
 def average(per_image: list[dict[str, float]], classes: list[str] | None = None) -> dict:
@@ -177,7 +182,8 @@ def count_pixels(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, i
 def pool(counts: list[tuple[int, int, int, int]]) -> dict[str, float]:
     """{"IoU", "BER"} over the pixels of all images together, from their `count_pixels`.
 
-    This is how shadow detection computes BER and VOC its IoU. If there is no foreground at all, or
+    Shadow detection computes BER so, and VOC its IoU. VOC also counts what is predicted in images
+    without the class, and those are not among our samples. If there is no foreground at all, or
     no background, one error rate is undefined and BER is the other. The IoU of an empty union is 1.
     """
     tp, fp, tn, fn = (sum(column) for column in zip(*counts))

@@ -117,6 +117,7 @@ def sample_at(values: Tensor, points: Tensor, frame: int) -> Tensor:
     points: (B, N, 2), (x, y) in a frame x frame picture. Beyond the centres of the outermost cells
     the values are those at the centres.
     """
-    edge = 1 - 1 / torch.tensor(values.shape[:0:-1], device=values.device)  # last cell, (w, h)
+    height, width = values.shape[1:]
+    edge = 1 - 1 / torch.tensor([width, height], device=values.device)  # the last cell's centre
     where = (points.to(values) * (2 / frame) - 1).clamp(-edge, edge)[:, :, None]
     return F.grid_sample(values[:, None], where, mode="bilinear", align_corners=False)[:, 0, :, 0]

@@ -491,18 +491,18 @@ def test_samples_are_read_in_the_order_asked_for(complete):
 def test_targets_are_the_samples_own_text_or_any_text_that_its_image_holds(complete):
     shots = Cache.open(complete, "sbu").training_set(0, 1, torch.device("cpu"))
     rows, generator = torch.tensor([0] * 40), torch.Generator().manual_seed(0)
-    own, truth = shots.targets(rows[:1], False, generator)
+    own, truth = shots.maps_and_truth(rows[:1], False, generator)
     assert torch.equal(own[0], torch.from_numpy(entry(2)["maps"][0].astype(np.float16)).float())
     expected = truth_on_grid(entry(2)["label_map"], 1, (4, 4))
     assert torch.equal(truth[0], torch.from_numpy(expected).float())
-    maps, truth = shots.targets(rows, True, generator)
+    maps, truth = shots.maps_and_truth(rows, True, generator)
     first = [torch.equal(one, shots.every_map[0, 0]) for one in maps]
     assert 5 < sum(first) < 35  # the image holds both texts
     for one, y, is_first in zip(maps, truth, first):
         text = 0 if is_first else 1
         assert torch.equal(one, shots.every_map[0, text])
         assert torch.equal(y, shots.every_truth[0, text])
-    maps, _ = shots.targets(torch.tensor([1] * 20), True, generator)
+    maps, _ = shots.maps_and_truth(torch.tensor([1] * 20), True, generator)
     # The other image holds the first text alone.
     assert all(torch.equal(one, shots.every_map[1, 0]) for one in maps)
 

@@ -192,7 +192,7 @@ def test_prompts_are_normalised_before_they_are_averaged():
 
 def test_an_input_size_that_patches_do_not_tile_is_named(model):
     with pytest.raises(
-        UserError, match="100 pixels is not a multiple of its patch size 16: use 112"
+        UserError, match="CLIP_SIZE=100 is not a multiple of CLIP's patch size 16: set 112"
     ):
         ClipSurgery(model, golden_tokenizer, 100, CLASSES)
 

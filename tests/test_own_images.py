@@ -16,7 +16,6 @@ from common.frozen.clip_weights import load_clip
 from common.frozen.sam import SamEmbedder
 from common.frozen.sam_weights import load_sam, sam_fingerprint
 from common.results.own_images import (
-    choose_texts,
     find_images,
     indexed,
     name_files,
@@ -331,15 +330,9 @@ def test_the_palette_is_vocs():
     assert palette()[3 * 20:3 * 21] == [0, 64, 128]  # tvmonitor
 
 
-def test_a_folder_without_images_and_an_unknown_class_get_a_sentence(tmp_path):
+def test_a_folder_without_images_gets_a_sentence(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
         find_images(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UserError, match="holds no image"):
         find_images(tmp_path)
-    assert choose_texts(("dog", "cat"), ("all",)) == [0, 1]
-    assert choose_texts(("dog", "cat"), ("cat", "cat")) == [1]
-    with pytest.raises(UserError, match="'cow'"):
-        choose_texts(("dog", "cat"), ("cow",))
-    with pytest.raises(UserError, match="'all' beside others: set CLASSES=all, or .* dog, cat"):
-        choose_texts(("dog", "cat"), ("all", "dog"))

@@ -108,7 +108,7 @@ def test_auto_precision_is_bfloat16_only_where_the_processor_has_it(
 
 
 def test_an_unknown_precision_is_named():
-    with pytest.raises(UserError, match="'fp16' is none of auto, fp32, bf16"):
+    with pytest.raises(UserError, match="PRECISION=fp16 is unknown: set auto, fp32 or bf16"):
         SamEmbedder(None, "fp16")
 
 

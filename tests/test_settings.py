@@ -13,7 +13,7 @@ import torch
 from common.runtime.errors import UserError
 from common.runtime.files import lock, write_atomic
 from common.runtime.script import command, device, require_finite, run, run_dir, seed_everything
-from common.runtime.settings import override, positive
+from common.runtime.settings import choose, override, positive
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -317,3 +317,12 @@ def test_constants_that_a_script_imports_cannot_be_given_and_help_shows_the_comm
     printed = capsys.readouterr().out
     assert "STEPS=5" in printed and "optimiser steps" in printed and "of them" in printed
     assert "DROP" not in printed
+
+
+def test_names_are_chosen_once_each_or_all_of_them():
+    assert choose("CLASSES", ("all",), ("dog", "cat")) == ["dog", "cat"]
+    assert choose("CLASSES", ("cat", "cat"), ("dog", "cat")) == ["cat"]
+    with pytest.raises(UserError, match="CLASSES names 'cow': set it to all, or .*: dog, cat"):
+        choose("CLASSES", ("cat", "cow"), ("dog", "cat"))
+    with pytest.raises(UserError, match="CLASSES names all and others: .*: dog, cat"):
+        choose("CLASSES", ("all", "dog"), ("dog", "cat"))

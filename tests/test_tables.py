@@ -133,7 +133,7 @@ def test_classes_have_a_table_of_means_and_one_of_pooled_ious(scripts, monkeypat
     write_table(monkeypatch, "voc")
     written = tables_of("voc")
     means = written["Table 3: IoU per class"]["AlignSAM"]
-    title = "Table 3: IoU per class, pooled over images (VOC's own way of counting)"
+    title = "Table 3: IoU per class, pooled over the images that hold the class"
     pooled = written[title]["AlignSAM"]
     assert {name: value for name, (value, _) in means.items()} == pytest.approx(
         {"car": 0.4, "sheep": 0.6})

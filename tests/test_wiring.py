@@ -120,7 +120,7 @@ def test_the_srm_learns_in_the_states_of_the_samples_whose_truth_it_is_given(mon
     episode.mask, truth = torch.rand(6, 10, 10), torch.rand(6, 10, 10)
     shots = SimpleNamespace(
         samples=range(6), truth=truth,
-        targets=lambda rows, every_text, generator: (episode.maps[rows], truth[rows]))
+        maps_and_truth=lambda rows, every_text, generator: (episode.maps[rows], truth[rows]))
     learner = Learner(srm, None, None, None, "the SRM's optimiser")
     recipe = {"srm_steps": 4, "every_text": False}
     stage.train_srm(learner, episode, shots, recipe, torch.Generator().manual_seed(0))

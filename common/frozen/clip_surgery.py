@@ -35,20 +35,20 @@ def encode_texts(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer,
                  texts: Sequence[str]) -> Tensor:
     """One L2-normalised feature per text, the mean of its 85 normalised prompts: (K, D) float32."""
     device = model.visual.conv1.weight.device
-    features = []
+    encoded = []
     quiet = len(texts) < 2 or distributed.RANK > 0
     for text in tqdm(texts, "encoding texts", leave=False, disable=quiet):
         prompts = tokenizer([template(text) for template in TEMPLATES]).to(device)
-        features.append(F.normalize(model.encode_text(prompts), dim=-1).mean(dim=0))
-    return F.normalize(torch.stack(features), dim=-1)
+        encoded.append(F.normalize(model.encode_text(prompts), dim=-1).mean(dim=0))
+    return F.normalize(torch.stack(encoded), dim=-1)
 
 
 def surgery_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     """Token features of the image tower after architecture surgery (Li et al., arXiv 2304.05653).
 
-    Each of the last 6 blocks also attends with v in place of q and k. The second path starts as the
-    input of the first of them and adds up those outputs, without MLPs; it reads the first path and
-    never feeds back.
+    The last 6 blocks also compute attention with v in place of q and k. The second path starts with
+    the input of the first of these blocks and adds these outputs. It has no MLPs and never changes
+    the first path.
 
     visual: the image tower of a plain ViT `CLIP` of open_clip. images: (B, 3, S, S), normalised, S
     any multiple of the patch size. Returns (B, 1 + N, D), L2-normalised per token: the class token,
@@ -137,9 +137,8 @@ class ClipSurgery:
         self.visual, self.image_size = model.visual, image_size
         self.patch = model.visual.conv1.kernel_size[0]
         if image_size % self.patch:
-            raise UserError(f"CLIP's input size of {image_size} pixels is not a multiple of its "
-                            f"patch size {self.patch}: use "
-                            f"{(image_size // self.patch + 1) * self.patch}.")
+            raise UserError(f"CLIP_SIZE={image_size} is not a multiple of CLIP's patch size "
+                            f"{self.patch}: set {(image_size // self.patch + 1) * self.patch}")
         self.text_features = encode_texts(model, tokenizer, texts)  # (K, D)
         self.empty_feature = None  # (1, D), needed where there is one text
         if len(texts) == 1:

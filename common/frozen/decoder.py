@@ -104,6 +104,7 @@ class SingleMaskDecoder:
         fine = activation(transposed(second, fine))  # (B, h w, 4, 4, C / 8)
         hyper_in = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # token 0 is the IoU's
         logits = torch.einsum("bpijc,bc->bpij", fine, hyper_in)
+        # (B, row, column, i, j, k, l): i and k are the two halvings of a row, j and l of a column
         logits = logits.view(-1, self.height, self.width, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
         logits = logits.reshape(-1, 4 * self.height, 4 * self.width)
         return logits, decoder.iou_prediction_head(queries[:, 0])[:, 0]

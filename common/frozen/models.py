@@ -14,8 +14,8 @@ from common.frozen.sam import SamEmbedder, squash
 class FrozenModels:
     """F and M_c of a picture, by SAM's encoder and CLIP Surgery together.
 
-    Stage 1 and images of one's own both come through here, so that a trained run never meets other
-    inputs than those it was trained on. frame: side in pixels of the square that points lie in.
+    Stage 1 and images of one's own both come through here, so that the inputs of a trained run are
+    always made as those it was trained on. frame: side in pixels of the square that points lie in.
     """
 
     def __init__(self, embedder: SamEmbedder, surgery: ClipSurgery, frame: int) -> None:

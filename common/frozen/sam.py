@@ -37,7 +37,7 @@ class SamEmbedder:
 
     def __init__(self, sam: Sam, precision: str = "auto") -> None:
         if precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"The precision {precision!r} is none of auto, fp32, bf16.")
+            raise UserError(f"PRECISION={precision} is unknown: set auto, fp32 or bf16")
         self.sam = sam
         self.bf16 = precision == "bf16" or precision == "auto" and has_bf16(sam.device)
 

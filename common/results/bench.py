@@ -2,9 +2,9 @@
 
     python -m common.results.bench [NAME=value ...]   NAME is any constant below; `help` lists them
 
-There are five workloads. Each is done by this repository and by the published code that it stands
-in for, on the same inputs and the same weights. Both sides run once unmeasured. That warms them up,
-and the results of it are compared. Then they take turns.
+There are five workloads. Each is done by this repository and by the published code that it
+replaces, on the same inputs and weights. Each side first runs once without timing, and the two
+results are compared. Then timed runs of both sides alternate.
 """
 
 import json
@@ -41,7 +41,7 @@ from common.metrics import evaluate_mask
 from common.runtime import files, script, settings
 from common.runtime.errors import UserError
 
-# what is measured; the defaults take about five minutes on two CPU cores
+# what is measured
 WORKLOADS = ("all",)  # or some of embed, prompt, episode, cache, metrics
 SAM = "vit_b"  # vit_b, vit_l or vit_h with random weights (speed is the same); a checkpoint; demo
 IMAGES = 2  # embedded; a ViT-B takes up to 20 s each on two cores, a GPU wants 64
@@ -63,7 +63,7 @@ _PICTURE_SIZE, _MASK_SIZE = (480, 640), (300, 400)  # height and width of what p
 # those of common.metrics
 _HANDLERS = {"IoU": sod.IOUHandler, "F": sod.FmeasureHandler, "BER": sod.BERHandler}
 
-# does the work once: its result, and how many bytes the roll-out keeps (0 where there is none)
+# Does the work once. Returns its result and the bytes that the roll-out keeps (0 without one).
 Side = Callable[[], tuple[Tensor, int]]
 
 
@@ -104,11 +104,11 @@ def embed(sam: Sam, folder: Path) -> Workload:
         return torch.cat([embedder.embed(batch) for batch in batches]), 0
 
     def reference() -> tuple[Tensor, int]:
-        features = []
+        embeddings = []
         for image in images:
             predictor.set_image(image)
-            features.append(predictor.features)
-        return torch.cat(features), 0
+            embeddings.append(predictor.features)
+        return torch.cat(embeddings), 0
 
     precision = "bf16" if embedder.bf16 else "fp32"
     title = f"embed {IMAGES} images ({precision}; SamPredictor.set_image in fp32)"
@@ -308,10 +308,10 @@ def cache(sam: Sam, folder: Path) -> Workload:
             embedding = torch.randn(shape, generator=generator).half()
             writer.write(number, embedding, maps, label_map, picture)
             file.write(embedding.numpy().tobytes())
-    features = Cache.open(path)
+    opened = Cache.open(path)
 
     def ours() -> tuple[Tensor, int]:
-        return features.embedding(range(CACHED)), 0
+        return opened.embedding(range(CACHED)), 0
 
     def reference() -> tuple[Tensor, int]:
         return torch.from_numpy(np.fromfile(plain, np.float16).reshape(CACHED, *shape)), 0
@@ -527,12 +527,8 @@ def chosen_workloads() -> list[str]:
                       "REPEATS")
     settings.not_negative(globals(), "SEED", "PROFILE")
     if EPISODE_IMAGES < 2:
-        raise UserError("EPISODE_IMAGES=1 is too few to compare an action with another: set 2 or "
-                        "more")
-    if unknown := [name for name in WORKLOADS if name not in ("all", *_BUILDERS)]:
-        raise UserError(f"WORKLOADS names {unknown[0]!r}: choose among {', '.join(_BUILDERS)}, or "
-                        "all")
-    return list(_BUILDERS if "all" in WORKLOADS else dict.fromkeys(WORKLOADS))
+        raise UserError("EPISODE_IMAGES=1 is too few: advantages compare images, so set 2 or more")
+    return settings.choose("WORKLOADS", WORKLOADS, _BUILDERS)
 
 
 def main() -> None:
@@ -564,7 +560,7 @@ def main() -> None:
             shares = [f"{operator} {100 * share:.0f} %" for operator, share in entry["profile"]]
             print(f"\n{name}: {', '.join(shares)}")
     text = json.dumps(report, indent=1)
-    files.write_atomic(Path(OUT), lambda temporary: temporary.write_text(text))
+    files.write_text(Path(OUT), text)
     print(f"\nwrote {OUT}")
     apart = [name for name, entry in report["workloads"].items() if not entry["agrees"]]
     if apart:

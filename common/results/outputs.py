@@ -15,7 +15,7 @@ from common.results.pictures import save_strips, strip
 from common.results.report import gallery_item, write_report
 from common.runtime import checkpoint
 from common.runtime.errors import UserError
-from common.runtime.files import write_atomic
+from common.runtime.files import write_text
 from common.tasks import get_task
 
 STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
@@ -82,8 +82,8 @@ class Drawing:
 class Report:
     """The rows as they are finished, and all that is written of them.
 
-    trained: content of agent.pt. made_with: settings that make finished rows of a stopped call void
-    when they change.
+    trained: content of agent.pt. made_with: settings. If they have changed, finished rows of a
+    stopped call are computed again.
     """
 
     folder: Path
@@ -125,8 +125,7 @@ class Report:
         content = self.content(threshold)
         paper = self.paper()
         written = [self.folder / self.name]
-        text = json.dumps(content, indent=1)
-        write_atomic(written[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(written[0], json.dumps(content, indent=1))
         self.print_tables(content, paper)
         written += self.write_pictures(content, paper)
         self.part.unlink(missing_ok=True)
@@ -173,8 +172,8 @@ class Report:
         print(f"\n{content['task']}, {content['samples']} test samples, SAM {content['sam']}, "
               f"CLIP {content['clip']}{warning}")
         print(results_table({row: flat(scores) for row, scores in content["rows"].items()}, paper))
-        print("mIoU, F, BER, E and MAE are means over images; pooled IoU and BER count all pixels "
-              f"together.\n{POOLED_NOTE}")
+        print("mIoU, F, BER, E and MAE are means over images; pooled IoU and BER count the "
+              f"pixels of all test samples together.\n{POOLED_NOTE}")
         print(f"FR attainable: {100 * content['foreground_rate_attainable']:.2f} "
               f"(no choice of {content['rounds']} different patches does better)")
         if content["rounds"] != content["trained"]["rounds"]:
@@ -187,7 +186,7 @@ class Report:
                 means[row] = {label: its["mIoU"] for label, its in per_class}
                 pooled[row] = {label: its["pooled"]["IoU"] for label, its in per_class}
             print("\nIoU per class, mean over images\n\n" + results_table(means, paper))
-            print("\nIoU per class, pooled over images (VOC's own way of counting)\n\n"
+            print("\nIoU per class, pooled over the images that hold the class\n\n"
                   + results_table(pooled, paper))
 
     def write_pictures(self, content: dict, paper: dict | None) -> list[Path]:

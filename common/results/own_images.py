@@ -30,7 +30,8 @@ from common.results.pictures import draw_points, overlay
 from common.runtime import checkpoint
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
-from common.runtime.files import write_atomic
+from common.runtime.files import write_atomic, write_text
+from common.runtime.settings import choose
 
 # AlignSAM's prompting of embeddings (B, C, h, w) with maps (B, h, w): the episode as it ended
 Align = Callable[[Tensor, Tensor], Episode]
@@ -38,7 +39,7 @@ Align = Callable[[Tensor, Tensor], Episode]
 
 def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...],
             classes: tuple[str, ...], align: Align, srm: nn.Module, device: torch.device,
-            run: dict) -> None:
+            made_with: dict) -> None:
     """Segments every image of a folder. For an image photo.jpg it writes below `out`:
 
     photo.png           the binary mask, 0 or 255, of the image's own size
@@ -49,28 +50,28 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...],
     indexed picture: 0 = nothing, k = the k-th text. Where masks overlap, it shows the one of the
     highest SRM probability.
 
-    A call that was stopped goes on where it was, and files that could not be read are done once
-    they are mended; see `Progress`.
+    A stopped call continues where it was. Files that could not be read are processed by a later
+    call, once they are repaired. See `Progress`.
 
     attributes: of the run's cache, from which SAM and CLIP are loaded.
     texts: what the run knows. classes: which of them to look for, or ("all",).
     align: AlignSAM's prompting. srm: the SRM that it uses.
-    run: what tells this run from others, for JSON.
+    made_with: what tells this run from others, for JSON.
 
     Raises UserError where a model is not the cache's; where two images' files would have one name,
     in this folder or with an earlier one; where an image's features are not finite or do not fit
     into memory; and at the end where files could not be read.
     """
     folder = Path(images).expanduser()
-    paths, chosen = find_images(folder), choose_texts(texts, classes)
-    words = [texts[text] for text in chosen]
-    names = name_files(paths, [*words, "classes"] if len(texts) > 1 else [])
+    paths, wanted = find_images(folder), choose("CLASSES", classes, texts)
+    indices = [texts.index(text) for text in wanted]
+    names = name_files(paths, [*wanted, "classes"] if len(texts) > 1 else [])
     progress = Progress(out, str(folder.resolve()))
     progress.require_free(names)
     frozen = load_models(attributes, texts, device)
-    progress.go_on(paths, {"classes": chosen, **run})
+    progress.go_on(paths, {"classes": indices, **made_with})
 
-    answer = partial(segment_one, frozen, align, chosen)
+    segment_batch = partial(segment_one, frozen, align, indices)
     left, broken = [path for path in paths if path.name not in progress.images], []
     for path in tqdm(left, "segmenting", initial=len(progress.images), total=len(paths)):
         try:
@@ -80,11 +81,11 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...],
             broken.append(path.name)
             continue
         mend = f"set DEVICE=cpu, or make {path} smaller"
-        [(_, (episode, masks))] = in_batches([(path, image)], 1, answer, mend)
+        _, (episode, masks) = next(in_batches([(path, image)], 1, segment_batch, mend))
         about = {"folder": progress.folder, "image": path.name}
-        lines = write_masks(out, names[path], words, image, masks, episode, frozen.frame, about)
+        lines = write_masks(out, names[path], wanted, image, masks, episode, frozen.frame, about)
         if len(texts) > 1:
-            save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), chosen))
+            save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), indices))
         progress.add(path, lines)
 
     print(f"wrote masks of {len(paths) - len(broken)} images to {out}")
@@ -113,22 +114,6 @@ def find_images(folder: Path) -> list[Path]:
         raise UserError(f"IMAGES={folder} holds no image: name a folder with files such as "
                         "photo.jpg in it")
     return sorted(found)
-
-
-def choose_texts(texts: tuple[str, ...], classes: tuple[str, ...]) -> list[int]:
-    """Indices of `classes` among the run's texts; ("all",) = all of them.
-
-    Raises UserError naming the first one that the run does not know.
-    """
-    if classes == ("all",):
-        return list(range(len(texts)))
-    if "all" in classes:
-        raise UserError("CLASSES names 'all' beside others: set CLASSES=all, or choose among "
-                        f"{', '.join(texts)}")
-    if unknown := [name for name in classes if name not in texts]:
-        raise UserError(f"CLASSES names {unknown[0]!r}, which this run does not know: choose among "
-                        f"{', '.join(texts)}")
-    return [texts.index(name) for name in dict.fromkeys(classes)]
 
 
 def name_files(paths: list[Path], words: list[str]) -> dict[Path, list[str]]:
@@ -331,7 +316,3 @@ def stamp(path: Path) -> list[int]:
     """Size and time of the last change, to tell whether a file is still the one that was read."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -6,9 +6,9 @@ from pathlib import Path
 TABLES = json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
 CLASSES = list(TABLES["table5_iterations_voc_iou"]["rows"])  # VOC's, of Tables 5 and 8
 OUR_NAMES = {"F_beta": "F", "E_phi": "E"}  # the paper's names where they differ from ours
-POOLED_NOTE = ("The paper does not say whether it averages IoU and BER over images or pools all "
-               "pixels of the test set, so both are given.")
-_TITLES = {"labels": "table8_label_source_voc_iou", "foreground rate": "table9_foreground_rate",
+POOLED_NOTE = ("The paper does not say whether it averages IoU and BER over images or pools the "
+               "pixels of all test samples, so both are given.")
+_KEYS = {"labels": "table8_label_source_voc_iou", "foreground rate": "table9_foreground_rate",
            "branches": "table4_semantic_switch", "shots": "table10_shots"}
 
 
@@ -52,7 +52,7 @@ def paper_figures(table: str, key: str) -> dict[str, dict[str, float]] | None:
         return paper_row(key)
     one_task = table == "labels" and key == "voc"  # Table 8 has columns of this task alone
     try:
-        return _columns(_TITLES[table], None if one_task else key)
+        return _columns(_KEYS[table], None if one_task else key)
     except KeyError:
         return None
 

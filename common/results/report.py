@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from common.results.paper import POOLED_NOTE
-from common.runtime.files import write_atomic
+from common.runtime.files import write_text
 
 SIDE = 320  # longest side of a picture in the gallery, in pixels: 200 test images are some 10 MB
 QUALITY = 80  # of its JPEG
@@ -69,7 +69,7 @@ def write_report(path: Path, results: dict, srm_log: list[dict], agent_log: list
     text = json.dumps(data, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
     text = text.replace("<", "\\u003c")  # so no name closes the script or opens a comment
     page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
-    write_atomic(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, page)
 
 
 def _last_iou(item: dict) -> float:

@@ -33,7 +33,7 @@ from common.results.paper import (
     results_table,
     stand_ins,
 )
-from common.runtime import files, script
+from common.runtime import files, script, settings
 from common.runtime.errors import UserError
 from common.runtime.settings import require_same
 from common.tasks import get_task
@@ -115,14 +115,11 @@ def experiments(branch: str, shots: int) -> dict[str, dict[str, Experiment]]:
     }
 
 
-def run_experiments(branch: str, features: str, shots: int) -> Runs:
-    """Runs main, EXPERIMENTS and perhaps Figure 7's, as far as they are missing.
+def run_experiments(wanted: set[str], branch: str, identity: str, shots: int) -> Runs:
+    """Runs the wanted experiments, as far as they are missing.
 
-    features: the cache's identity. shots: training samples in it.
+    identity: the cache's. shots: training samples in it.
     """
-    wanted = {"main", *EXPERIMENTS}
-    if FIGURE7:
-        wanted |= {"rounds", "episodes"}
     runs, first = {}, None
     for name, columns in experiments(branch, shots).items():
         if name not in wanted:
@@ -130,17 +127,17 @@ def run_experiments(branch: str, features: str, shots: int) -> Runs:
         runs[name] = {column: [] for column in columns}
         for column, experiment in columns.items():
             for seed in SEEDS:
-                content = run_stages(TASK, seed, experiment, features, first)
+                content = run_stages(TASK, seed, experiment, identity, first)
                 runs[name][column].append(content)
                 first = first or content
     return runs
 
 
-def run_stages(task: str, seed: int, experiment: Experiment, features: str,
+def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
                like: dict | None = None) -> dict:
     """Runs the stages of an experiment, unless its results are there. Returns the results.
 
-    features: the cache's identity. like: results of the task's first main run; see `require_asked`.
+    identity: the cache's. like: results of the task's first main run; see `require_asked`.
     """
     main = Path("runs") / f"{task}-seed{seed}"
     folder = main.with_name(main.name + experiment.suffix)
@@ -160,7 +157,7 @@ def run_stages(task: str, seed: int, experiment: Experiment, features: str,
         run_script("04_evaluate.py", *arguments(same | evaluation))
     rows = experiment.evaluation["ROWS"]
     content = read_results(path, task, _NAMED if rows == ("all",) else rows)
-    require_asked(path, content, experiment, seed, features, like or content)
+    require_asked(path, content, experiment, seed, identity, like or content)
     return content
 
 
@@ -191,15 +188,14 @@ def look_into_cache(task: str) -> tuple[str, int, tuple[str, ...]]:
     return cache.identity(), len(cache.samples("train")), cache.texts
 
 
-def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, features: str,
+def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, identity: str,
                   like: dict) -> None:
     """Raises UserError where the results at `path` are of another cache or of other constants.
 
-    content: these results. What the experiment does not name must be as in the results `like`: a
-    table is of one recipe, though the constants at the top of the scripts may be edited, and
-    scripts run by hand, between one run and the next.
+    content: these results. Settings that the experiment does not name must equal those in `like`.
+    Otherwise one table could mix runs from before and after a constant was edited.
     """
-    asked = {"seed": seed, "features": features}
+    asked = {"seed": seed, "features": identity}
     for constants in (experiment.srm, experiment.agent):
         asked |= {name.lower(): value for name, value in (constants or {}).items()}
     follows = {"srm"}  # from the seed
@@ -337,7 +333,7 @@ def main_tables(base: list[dict]) -> dict[str, Table]:
     if labels:
         tables["Table 3: IoU per class"] = Table(
             {row: class_ious(base, row, labels) for row in _ABLATIONS}, "classes")
-        tables["Table 3: IoU per class, pooled over images (VOC's own way of counting)"] = Table(
+        tables["Table 3: IoU per class, pooled over the images that hold the class"] = Table(
             {row: pooled_class_ious(base, row) for row in _ABLATIONS}, "classes", POOLED_NOTE)
     tables["Baselines and bounds"] = Table(baselines, note=POOLED_NOTE)
 
@@ -462,8 +458,9 @@ def markdown(first: dict, models: str, tables: dict[str, Table], comparable: boo
 
 
 def main() -> None:
-    if unknown := [name for name in EXPERIMENTS if name not in _KNOWN]:
-        raise UserError(f"EXPERIMENTS names {unknown[0]!r}: choose among {', '.join(_KNOWN)}")
+    wanted = {"main", *settings.choose("EXPERIMENTS", EXPERIMENTS, _KNOWN)}
+    if FIGURE7:
+        wanted |= {"rounds", "episodes"}
     task, out = get_task(TASK, "-"), Path("runs") / TASK
     if TASK.startswith("demo_"):  # ends at once where the cache is whole
         run_script("01_cache_features.py", *arguments({"TASK": TASK, "DEVICE": DEVICE}))
@@ -471,8 +468,8 @@ def main() -> None:
         raise UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py "
                         f"TASK={TASK} first, with your SAM, CLIP and DATA_DIR")
 
-    features, shots, texts = look_into_cache(TASK)
-    runs = run_experiments(task.branch, features, shots)
+    identity, shots, texts = look_into_cache(TASK)
+    runs = run_experiments(wanted, task.branch, identity, shots)
     tables = paper_tables(runs, task.branch)
     first = runs["main"][""][0]
     own_models = stand_ins(first["sam"], first["clip"])
@@ -481,12 +478,11 @@ def main() -> None:
 
     write_plots(out, runs, tables, f"{TASK}, {models}")
     text = markdown(first, models, tables, comparable)
-    files.write_atomic(out / "tables.md", lambda temporary: temporary.write_text(text))
+    files.write_text(out / "tables.md", text)
     content = {"task": TASK, "models": models, "seeds": SEEDS,
                "units": "[mean, deviation over seeds], fractions",
                "tables": {title: table.rows for title, table in tables.items()}}
-    files.write_atomic(out / "tables.json",
-                       lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    files.write_text(out / "tables.json", json.dumps(content, indent=1))
     print(f"{text}\nwrote {out / 'tables.md'}, {out / 'tables.json'}")
 
 

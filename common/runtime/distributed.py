@@ -22,9 +22,9 @@ TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 SIZE = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 LOCAL_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if TORCHRUN else 1
-# A process that dies is noticed at once, because its connections close. The timeout is for one
-# that hangs (a stuck disk, a stuck GPU). It is longer than the processes wait for each other
-# otherwise: while rank 0 draws or downloads, and where their shares of the work differ.
+# A dead process is noticed at once: its connections close. The timeout is for a process that hangs
+# (a stuck disk, a stuck GPU). It must be longer than any normal wait, while rank 0 downloads or
+# where the shares of the work differ.
 TIMEOUT = datetime.timedelta(hours=6)
 _store = None  # torchrun's own process keeps it, so it outlives every rank
 
@@ -109,9 +109,8 @@ def gather(items: list[tuple]) -> list[tuple]:
 def last_words(sentence: str) -> str | int:
     """What `sys.exit` is given when a UserError ends this process.
 
-    That is the sentence; but under torchrun it is 1, and the sentence is printed here. torchrun
-    stops all processes as soon as one has ended. So the first to come here prints its sentence,
-    and the others wait for that and end without theirs.
+    Without torchrun, that is the sentence. torchrun stops all processes as soon as one ends, so the
+    first process prints its sentence here, and the others wait for this and then end silently.
     """
     if _store is None:
         return sentence

@@ -37,6 +37,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomic` of a text in UTF-8."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def lock(folder: Path) -> None:
     """Makes the folder and claims it until this process ends, however it ends.
 
@@ -64,9 +69,9 @@ def lock(folder: Path) -> None:
 def require_intact(path: Path) -> None:
     """Raises ValueError, or an error of zipfile, if a part of a zip file does not fit its checksum.
 
-    torch.save writes zip files, and torch.load does not look at their checksums. It also leaves a
-    tensor unread whose part is marked as a folder, so such a mark is damage. A file of another kind
-    has no checksums, and passes.
+    torch.save writes zip files, and torch.load does not look at their checksums. It also skips a
+    tensor whose zip entry is marked as a folder, so that mark counts as damage. Files that are not
+    zip files have no checksums and are accepted.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as parts:

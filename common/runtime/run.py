@@ -68,8 +68,8 @@ class Run:
     def load_agent(self, constants: dict[str, object]) -> Trained:
         """The agent of this run, and SAM's live decoder. constants: the script's `globals()`.
 
-        Raises UserError where stage 3 is not finished, or where the cache, or stage 2's SRM, is
-        another one than the agent grew from, and all that `load_prompter` raises.
+        Raises UserError if stage 3 is not finished, or if the cache or stage 2's SRM is not the one
+        that the agent was trained from, and all that `load_prompter` raises.
         """
         path, srm_path = self.folder / "agent.pt", self.folder / "srm.pt"
         stage_2, stage_3 = (script.command(name, constants)

@@ -98,14 +98,14 @@ def cache_path(features: str, run_dir: Path) -> Path:
     return Path(features).expanduser() if features else run_dir / "features.h5"
 
 
-def command(script: str, constants: dict[str, object], shared: tuple[str, ...] = ()) -> str:
+def command(script: str, constants: dict[str, object], same: tuple[str, ...] = ()) -> str:
     """The command that runs another stage of the same run, quoted for a shell, without "python".
 
     It has the constants that say which run it is, as far as they are not empty, and those of
-    `shared` that are not 0.
-    shared: names of constants that must be the same in both stages.
+    `same` that are not 0.
+    same: names of constants that must be the same in both stages.
     """
-    names = ("TASK", "RUN_DIR", "FEATURES", *shared)
+    names = ("TASK", "RUN_DIR", "FEATURES", *same)
     return shlex.join([script, *(f"{name}={constants[name]}" for name in names if constants[name])])
 
 

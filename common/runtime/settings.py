@@ -10,6 +10,7 @@ from pathlib import Path
 from common.runtime.errors import UserError
 
 MEND = "set it back, name another RUN_DIR, or delete the file"
+MEND_FILE = "run its stage in another RUN_DIR, or delete it"
 FINGERPRINTS = ("features", "srm")  # settings that are fingerprints of files, not constants
 KINDS = {
     bool: "true or false",
@@ -161,6 +162,9 @@ def choose(name: str, wanted: tuple[str, ...], known: Iterable[str]) -> list[str
     known = list(known)
     if wanted == ("all",):
         return known
+    if "all" in wanted:
+        raise UserError(f"{name} names all and others: set it to all alone, or to some of: "
+                        f"{', '.join(known)}")
     for one in wanted:
         if one not in known:
             raise UserError(f"{name} names {one!r}: set it to all, or to some of: "
@@ -168,18 +172,18 @@ def choose(name: str, wanted: tuple[str, ...], known: Iterable[str]) -> list[str
     return list(dict.fromkeys(wanted))
 
 
-def require_same(path: Path, stored: dict, wanted: dict, mend: str = MEND) -> None:
+def require_same(path: Path, stored: dict, wanted: dict, mend: str | None = None) -> None:
     """Raises UserError at the first setting in which the file `path` differs from `wanted`.
 
     stored: what `path` was made with. wanted: values by the constants' names in lower case. Names
-    in FINGERPRINTS stand for files that `path` was made from. mend: what the user should do; it
-    ends the message.
+    in FINGERPRINTS stand for files that `path` was made from. mend: what the user should do, if
+    not the usual; it ends the message.
     """
     for name, value in wanted.items():
         if stored.get(name) == value:
             continue
         if name in FINGERPRINTS:
             raise UserError(f"{path} was made from another {name} file than the one there is now: "
-                            f"{mend}")
+                            f"{mend or MEND_FILE}")
         raise UserError(f"{path} was made with {name.upper()}={stored.get(name)}, and now it is "
-                        f"{value}: {mend}")
+                        f"{value}: {mend or MEND}")

@@ -159,10 +159,15 @@ def turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.n
 
 
 # -------------------------------------------------------------------------------------------------
-# A scene. A scene is a function of the random numbers in their order: to reorder draws is to change
-# every scene, so raise GENERATOR (below) if you do.
+# A scene. Random numbers are drawn in a fixed order. A different order changes every scene, so then
+# raise GENERATOR (below).
 
-class Drawing:
+def _visible(shift: int) -> slice:
+    """Where a line of SIZE pixels, moved by `shift`, still covers its first place."""
+    return slice(max(shift, 0), SIZE + min(shift, 0))
+
+
+class SceneDrawing:
     """A scene while it is drawn: at first the bare ground, then what the methods add to it.
 
     What is drawn later stands in front. canvas: (S, S, 3) float32 in 0..255. The other maps are
@@ -217,8 +222,7 @@ class Drawing:
         """
         dx, dy = np.round(self.throw * reach).astype(int)
         moved = np.zeros_like(inside)
-        moved[max(dy, 0):SIZE + min(dy, 0), max(dx, 0):SIZE + min(dx, 0)] = \
-            inside[max(-dy, 0):SIZE + min(-dy, 0), max(-dx, 0):SIZE + min(-dx, 0)]
+        moved[_visible(dy), _visible(dx)] = inside[_visible(-dy), _visible(-dx)]
         strength = soften(moved, self.rng.uniform(1.0, 2.2))
         strength *= ~self.shadow  # there is one light: shadows do not add up
         self.canvas *= (1 - (1 - self.darkness) * strength)[..., None]
@@ -327,7 +331,7 @@ def draw_scene(rng: np.random.Generator, effect: str | None = None) -> Scene:
     all effects.
     """
     has = _choose_effects(rng, effect)
-    drawing = Drawing(rng, has["shadow"])
+    drawing = SceneDrawing(rng, has["shadow"])
     plan = _plan_things(rng, has, drawing.ground_colours)
     spots = _spread(len(plan), rng)
     if has["shadow"] and rng.random() < 0.4:
@@ -498,7 +502,7 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def put_text(path: Path, text: str) -> None:
-    put(path, functools.partial(Path.write_text, data=text))
+    put(path, lambda temporary: temporary.write_text(text))
 
 
 def write_scene(job: tuple[str, str, int, Path]) -> str:

@@ -168,8 +168,8 @@ def _parts(value: object) -> Iterator[str]:
 
 def read_results(path: Path) -> str:
     results = tables.read_results(path, "folder", ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI"))
-    tables.pooled([results])
-    rounds = tables.rounds_of({"iterations": {"": [results]}})
+    tables.over_seeds([results])
+    rounds = tables.rounds_of([results])
     for values in rounds.values():
         require(all(np.isfinite(mean) for mean, _ in values), "values that are not finite")
     require(len(rounds["AlignSAM"]) == results["rounds"] + 1, "other rounds than it claims")

@@ -1,4 +1,4 @@
-"""Checks that stage 4's memory does not grow with the number of test images. Run it by hand:
+"""Shows that stage 4's memory grows by a few kB only for each test image. Run it by hand:
 
     python -m tests.faults.memory IMAGES=5000 [NAME=value ...]
 

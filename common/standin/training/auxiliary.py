@@ -21,7 +21,8 @@ from common.standin.scenes import SURFACES
 
 SHAPE = 11  # length of what `shape_of` returns
 STATISTICS = 15  # channels of what `statistics` returns
-# Offsets to the centre are shares of the image. Times this they vary about as the other numbers do.
+# Offsets to the centre are shares of the image. Multiplied by this, they vary about as much as the
+# other numbers.
 CENTRE = 12
 OUTLINE = 2  # weight of the shape loss; the other three losses have weight 1
 CHANNELS = len(SURFACES) + STATISTICS + 1 + SHAPE  # of the linear head

@@ -11,8 +11,8 @@ With so few concepts, many captions in a batch are true of many crops. So every 
 caption is judged by itself, with the sigmoid loss (Zhai et al., SigLIP, arXiv 2303.15343). The loss
 is taken twice. The first time it is between captions and whole crops, on the class token. The
 second time it is between captions and regions of the crops, on the mean over the region of CLIP
-Surgery's second path (as in Zhong et al., RegionCLIP, arXiv 2112.09106). From regions, so small a
-model learns in so few steps where the thing is that a text names.
+Surgery's second path (as in Zhong et al., RegionCLIP, arXiv 2112.09106). The regions let such a
+small model learn, in few steps, where a named thing is.
 """
 
 import json
