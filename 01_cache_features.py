@@ -41,9 +41,8 @@ from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
 from common.tasks import Task, get_task, with_prompt
 
-# what is segmented: one of demo_blur, demo_shadow, demo_mirror, demo_saliency, demo_semantic (drawn
-# here), cuhk, sbu, msd, duts, voc, folder
-TASK = "demo_saliency"
+# what is segmented
+TASK = "demo_saliency"  # demo_blur|shadow|mirror|saliency|semantic, cuhk|sbu|msd|duts|voc, folder
 DATA_DIR = ""  # where the data set lies; empty = data/<TASK>
 PROMPT = ""  # the target's text: of TASK = "folder", or in place of another task's one text
 CUHK_WHITE_IS_BLURRED = True  # copies of CUHK differ in what white means; false: white is sharp
@@ -114,6 +113,9 @@ def main() -> None:
         with distributed.rank_0_first():
             write_dataset(TASK.removeprefix("demo_"), data_dir)
 
+    elif "demo" in (SAM, CLIP):
+        print("SAM=demo and CLIP=demo are small stand-ins: see the README for the real models")
+
     # the images: the drawn training samples and the whole test set
     samples = list_samples(task, data_dir)
     drawn = draw_shots(samples, task, SHOTS, SEED)  # (sample, text index) pairs
@@ -146,8 +148,7 @@ def main() -> None:
         **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "versions": {name: importlib.metadata.version(name) for name in packages}}
-    run_dir = script.run_dir(RUN_DIR, TASK)
-    path = script.cache_path(FEATURES, run_dir)
+    path = script.cache_path(FEATURES, script.run_dir(RUN_DIR, TASK))
     with distributed.rank_0_first():  # the file is laid out once
         files.lock(path.parent)
         writer = CacheWriter.open_or_create(path, layout, made_with)

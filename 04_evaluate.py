@@ -31,14 +31,14 @@ from common.runtime.run import Trained, open_run
 
 # what is evaluated
 TASK = "demo_saliency"  # as in stages 1 to 3
-ROWS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")  # names in _ROWS below; all = every row
+ROWS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")  # others are in _ROWS; all = every row
 ROUNDS = 15  # T
 SAMPLE_ACTIONS = False  # draw the patch from the policy; false takes the most probable one
 SEED = 0  # of the random patches (w/o RL), and of SAMPLE_ACTIONS
 
 # images of your own
 IMAGES = ""  # a folder of images without ground truth, to segment instead of the cached test set
-CLASSES = ("all",)  # which of the run's texts to look for in them
+CLASSES = ("all",)  # with IMAGES: which of the run's texts to look for
 
 # how
 BATCH_SIZE = 32  # test samples prompted side by side; halves itself where memory runs out
@@ -136,8 +136,7 @@ def main() -> None:
     settings.not_negative(globals(), "SEED", "PICTURES", "GALLERY")
     rows = settings.choose("ROWS", ROWS, _ROWS)
     check_results_name(RESULTS)
-    if IMAGES:
-        script.require_one_process("IMAGES")
+    own_images.check(IMAGES, CLASSES)
     run = open_run(globals())
 
     # the trained agent, and the SRM that stage 3 ended with

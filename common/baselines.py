@@ -115,12 +115,14 @@ class Baselines(NamedTuple):
         samples = cache.samples("train")[:shots or None]
         persam, targets, threshold = PerSAM(prompter.sam, prompter.frame), {}, None
         texts = range(len(cache.texts)) if "PerSAM" in rows else ()
+        unseen = [cache.texts[text] for text in texts if text not in samples[:, 1]]
+        if unseen:
+            print(f"PerSAM: no training sample shows {', '.join(unseen)}: their target is the mean "
+                  "over all training samples")
         for text in texts:
             same = samples[samples[:, 1] == text]
             if not len(same):
-                same = samples  # few shots of many classes leave some without: then all there are
-                print(f"PerSAM: no training sample shows {cache.texts[text]}, so its target is the "
-                      "mean of the others'")
+                same = samples
             targets[text] = persam.target(cache.embeddings(same).float().to(device),
                                           cache.truth_grid(same).to(device))
         if "CLIP Surgery alone" in rows:

@@ -144,7 +144,7 @@ class Cache:
         fewest = int((centres != IGNORE).sum(1).min())
         if rounds > fewest:
             raise UserError(f"ROUNDS={rounds} is more than the {fewest} patches of one training "
-                            "sample: set it lower")
+                            "sample that are not ignored: set it lower")
         texts = range(len(self.texts))
         pairs = [np.column_stack([samples[:, 0], np.full(len(samples), text)]) for text in texts]
         present = self.file["present"][:][samples[:, 0]] == 1

@@ -201,6 +201,7 @@ def summarise(scores: list[Score], classes: list[str] | None, rounds: int) -> di
 
     classes: the class of each sample, None for a binary task. rounds: T. FR is a share of T
     patches, so a row that chooses another number of them has no FR.
+    Pooled metrics of several classes are pooled within each class, then averaged over the classes.
     Returns {"metrics": the means, the "pooled" ones and perhaps FR, "iou_per_round" and
     "iou_per_round_per_class": mIoU after each round, "pictures": {number: what is drawn}}.
     """
@@ -209,9 +210,12 @@ def summarise(scores: list[Score], classes: list[str] | None, rounds: int) -> di
         chosen = sum(score.chosen for score in scores)
         metrics["FR"] = sum(score.hits for score in scores) / chosen
     metrics["pooled"] = pool([score.counts for score in scores])
-    for label, means in metrics.get("per_class", {}).items():
-        of_class = [score for score, its_class in zip(scores, classes) if its_class == label]
-        means["pooled"] = pool([score.counts for score in of_class])
+    if classes is not None:
+        for label, means in metrics["per_class"].items():
+            of_class = [score for score, its_class in zip(scores, classes) if its_class == label]
+            means["pooled"] = pool([score.counts for score in of_class])
+        pooled = [means["pooled"] for means in metrics["per_class"].values()]
+        metrics["pooled"] = {name: fmean(its[name] for its in pooled) for name in ("IoU", "BER")}
     means_per_round = []
     per_class: dict[str, list[float]] = {}
     for ious in zip(*(score.ious for score in scores)):

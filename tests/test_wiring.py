@@ -305,7 +305,8 @@ def test_a_summary_pools_each_class_and_gives_a_foreground_rate_to_rows_of_t_pat
               Score(1, good | {"IoU": 0.0}, (0, 3, 0, 1), [0.0, 0.0], 2, 2)]
     summary = summarise(scores, ["a", "b"], 2)
     assert summary["metrics"]["FR"] == 3 / 4 and summary["metrics"]["mIoU"] == 0.5
-    assert summary["metrics"]["pooled"]["IoU"] == pytest.approx(2 / 6)
+    assert summary["metrics"]["pooled"]["IoU"] == 0.5  # the mean over the two classes
+    assert summarise(scores, None, 2)["metrics"]["pooled"]["IoU"] == pytest.approx(2 / 6)
     assert summary["metrics"]["per_class"]["a"]["pooled"]["IoU"] == 1.0
     assert summary["metrics"]["per_class"]["b"]["pooled"]["IoU"] == 0.0
     assert summary["iou_per_round"] == [0.25, 0.5]

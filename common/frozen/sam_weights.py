@@ -81,8 +81,8 @@ def _load_checkpoint(path: Path, size: str | None, compared: bool = False) -> Sa
 def _read(path: Path, compared: bool) -> object:
     """What the checkpoint file holds; no code in it is run. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"There is no SAM checkpoint at {path}; give the path of a .pth file, "
-                        f"{', '.join(CHECKPOINTS)} or demo.")
+        raise UserError(f"there is no SAM checkpoint at {path}: set SAM to the path of a .pth "
+                        f"file, {', '.join(CHECKPOINTS)} or demo")
     try:
         if not compared:
             require_intact(path)

@@ -167,13 +167,17 @@ class Report:
     def print_tables(self, content: dict, paper: dict | None) -> None:
         warning = ""
         if stand_ins(content["sam"], content["clip"]):
-            warning = (" (stand-ins: small models trained on drawn scenes; no figure compares with "
-                       "the paper's)")
-        print(f"\n{content['task']}, {content['samples']} test samples, SAM {content['sam']}, "
+            warning = (" (stand-ins: small models trained on drawn scenes; these numbers cannot be "
+                       "compared with the paper's)")
+        samples, means = f"{content['samples']} test samples", "means over images"
+        if self.drawing.classes:
+            samples += f" (pairs of image and class) from {content['images']} images"
+            means = "means over the images of each class, then over the classes"
+        print(f"\n{content['task']}, {samples}, SAM {content['sam']}, "
               f"CLIP {content['clip']}{warning}")
         print(results_table({row: flat(scores) for row, scores in content["rows"].items()}, paper))
-        print("mIoU, F, BER, E and MAE are means over images; pooled IoU and BER count the "
-              f"pixels of all test samples together.\n{POOLED_NOTE}")
+        print(f"Percent, MAE a fraction. mIoU, F, BER, E and MAE are {means}; pooled IoU and BER "
+              f"count pixels of all images together.\n{POOLED_NOTE}")
         print(f"FR attainable: {100 * content['foreground_rate_attainable']:.2f} "
               f"(no choice of {content['rounds']} different patches does better)")
         if content["rounds"] != content["trained"]["rounds"]:

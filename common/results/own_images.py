@@ -27,7 +27,7 @@ from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder, full_masks
 from common.frozen.sam_weights import load_sam, sam_fingerprint
 from common.results.pictures import draw_points, overlay
-from common.runtime import checkpoint
+from common.runtime import checkpoint, script
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
 from common.runtime.files import write_atomic, write_text
@@ -97,6 +97,14 @@ def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...],
 
 
 # ---- what is asked for
+
+def check(images: str, classes: tuple[str, ...]) -> None:
+    """Raises UserError where IMAGES and CLASSES, or IMAGES and torchrun, do not go together."""
+    if images:
+        script.require_one_process("IMAGES")
+    elif classes != ("all",):
+        raise UserError("CLASSES belongs to IMAGES: set IMAGES to a folder, or leave CLASSES out")
+
 
 def find_images(folder: Path) -> list[Path]:
     """The files in `folder` itself whose name ends as a format that Pillow reads.

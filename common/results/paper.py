@@ -15,7 +15,7 @@ _KEYS = {"labels": "table8_label_source_voc_iou", "foreground rate": "table9_for
 def stand_ins(sam: str, clip: str) -> str:
     """Names the models that are this repository's own small ones: " (stand-ins: SAM, CLIP)".
 
-    Empty where neither is. Only then do figures compare with the paper's.
+    Empty where neither is. Only then can our figures be compared with the paper's.
     """
     own = [name for name, model in (("SAM", sam), ("CLIP", clip)) if model == "demo"]
     return f" (stand-ins: {', '.join(own)})" if own else ""

@@ -449,7 +449,7 @@ def markdown(first: dict, models: str, tables: dict[str, Table], comparable: boo
         paper = None
         if comparable and table.paper and paper_task:
             paper = paper_figures(table.paper, paper_task)
-        if paper and paper_task != "voc":  # VOC's mIoU is of classes: the table per class pools it
+        if paper:
             paper = beside_pooled(paper)
         parts.append(f"## {title}\n\n{results_table(table.rows, paper)}")
         if table.note:
