@@ -211,17 +211,18 @@ def _check_layout(task: Task, data_dir: Path) -> None:
     missing += [file for file in lists if not (data_dir / file).is_file()]
     if not missing:
         return
-    if not data_dir.is_dir():
-        raise UserError(f"{task.title}: {data_dir} does not exist: set DATA_DIR to the folder that "
-                        f"holds {folders[0]}" + (f" ({task.home})" if task.home else ""))
     if task.home:
         source = f"get the data set from {task.home} and unpack it there"
     elif task.name == "folder":
         source = "put your pictures there"
     else:
         source = "leave DATA_DIR empty for a task that is drawn here, or set TASK"
-    raise UserError(f"{task.title}: {data_dir} should hold {', '.join(folders + lists)}, but has "
-                    f"no {', '.join(missing)}: {source}")
+    needed = ", ".join(folders + lists)
+    if not data_dir.is_dir():
+        raise UserError(f"{task.title}: {data_dir} does not exist, and should hold {needed}: set "
+                        f"DATA_DIR to where the data set lies, or {source}")
+    raise UserError(f"{task.title}: {data_dir} should hold {needed}, but has no "
+                    f"{', '.join(missing)}: {source}")
 
 
 def _pictures(folder: Path, prefix: str = "") -> dict[str, Path]:
