@@ -6,6 +6,8 @@ SEEDS ?= 0
 FIGURE7 ?= 0
 DEVICE ?= auto
 RUN = .venv/bin/python
+# torch's threads sleep while they wait: beside another busy process, spinning makes it crawl
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test row tables seeds bench faults standin
 
