@@ -164,13 +164,87 @@ def test_a_disk_error_names_the_path_and_the_mend(stopped, number, mend):
     assert code.startswith("error: ") and "runs/demo/agent.pt" in code and mend in code
 
 
-def test_an_error_that_the_user_cannot_mend_is_not_hidden(monkeypatch):
+def test_any_other_error_of_the_system_names_path_and_reason(stopped):
+    code, _ = stopped(OSError(errno.ENAMETOOLONG, "", "masks/long.png"))
+    assert code == (f"error: masks/long.png cannot be used ({os.strerror(errno.ENAMETOOLONG)}): "
+                    "look at it, or choose another place")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough "
+                                                               "memory: you tried to allocate")])
+def test_too_little_memory_is_a_sentence(stopped, error):
+    code, _ = stopped(error)
+    assert code.startswith("error: out of memory: set smaller sizes or batches")
+
+
+@pytest.mark.parametrize("error", [OSError("of a library"), RuntimeError("a bug")])
+def test_an_error_that_the_user_cannot_mend_is_not_hidden(monkeypatch, error):
     def main():
-        raise OSError(errno.EIO, "I/O error", "x")
+        raise error
 
     monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(OSError, match="I/O error"):
+    with pytest.raises(type(error), match=str(error)):
         run(main, {})
+
+
+@pytest.fixture
+def printing(tmp_path):
+    """A script that prints a dash that not every encoding has, and then writes a file."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tqdm import tqdm\n"
+        "from common.runtime.script import run\n\n\n"
+        "def main():\n"
+        "    print('0 \\u2013 1' + 100_000 * ' ', file=sys.stderr)\n"
+        "    Path('done').write_text(str(sum(tqdm(range(3)))))\n"
+        "    print('0 \\u2013 1' + 100_000 * ' ')\n\n\n"
+        "run(main, {})\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+
+    def call(redirection):
+        command = f"{shlex.quote(sys.executable)} script.py {redirection}"
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path,
+                              env=environment, capture_output=True, text=True)
+        return done, (tmp_path / "done").exists()
+
+    return call
+
+
+def test_a_character_that_the_terminal_lacks_stops_nothing(printing):
+    done, whole = printing("")
+    assert done.returncode == 0 and whole
+    assert done.stdout.startswith("0 \\u2013 1") and done.stderr.startswith("0 \\u2013 1")
+
+
+def test_closed_streams_change_nothing(printing):
+    done, whole = printing(">&- 2>&-")
+    assert done.returncode == 0 and whole
+
+
+def test_a_reader_that_has_gone_ends_a_script_without_a_word(printing):
+    done, whole = printing("2>/dev/null | true")
+    assert done.returncode in (0, 141) and whole
+    done, _ = printing("2>&1 >/dev/null | cat")
+    assert "Traceback" not in done.stdout and "BrokenPipe" not in done.stderr
+
+
+def test_the_backend_that_a_notebook_exports_changes_nothing():
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run([sys.executable, "-c", "import common.results.pictures"], cwd=ROOT,
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_spaces_after_commas_do_not_count():
+    given = {"SIZES": (1, 2), "ROWS": ("a", "b"), "STEPS": {"x": 1, "y": 2}}
+    override(given, ["SIZES=3, 4", "ROWS=c, d e", "STEPS=x: 5, y:6"])
+    assert given == {"SIZES": (3, 4), "ROWS": ("c", "d e"), "STEPS": {"x": 5, "y": 6}}
+
+
+def test_a_number_that_no_library_takes_is_refused():
+    with pytest.raises(UserError, match="^ROUNDS=2147483648 must be below 2.31"):
+        positive(constants() | {"ROUNDS": 2**31}, "ROUNDS")
 
 
 def test_auto_takes_the_accelerator_there_is(monkeypatch):

@@ -31,7 +31,7 @@ def load_clip(name: str,
     tag = {}
     if name == "demo":
         config_file = _existing(STANDIN / "clip_config.json", "restore common/standin")
-        config = json.loads(config_file.read_text())
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         weights = _existing(STANDIN / "clip.safetensors", "restore common/standin")
     else:
         config = _model_config(model_name)

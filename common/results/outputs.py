@@ -126,9 +126,9 @@ class Report:
         paper = self.paper()
         written = [self.folder / self.name]
         write_text(written[0], json.dumps(content, indent=1))
-        self.print_tables(content, paper)
         written += self.write_pictures(content, paper)
         self.part.unlink(missing_ok=True)
+        self.print_tables(content, paper)
         print("wrote " + ", ".join(map(str, written)))
 
     def content(self, threshold: float | None) -> dict:

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, also where there is no screen
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from common.results.plotting import plt
 from common.runtime.files import write_atomic
 
 PANEL = 256  # pixels a side of one picture in a strip

@@ -17,11 +17,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, also where there is no screen
-import matplotlib.pyplot as plt
-
 from common.cache import Cache
 from common.metrics import METRICS
 from common.results.outputs import flat
@@ -33,6 +28,7 @@ from common.results.paper import (
     results_table,
     stand_ins,
 )
+from common.results.plotting import plt
 from common.runtime import files, script, settings
 from common.runtime.errors import UserError
 from common.runtime.settings import require_same
@@ -216,7 +212,7 @@ def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
     `rows`.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         for name, kind in _CONTENT.items():
             if not isinstance(content[name], kind):
                 raise ValueError(f"{name} is no {kind.__name__}")

@@ -165,7 +165,7 @@ def write_log(path: Path, rows: list[dict]) -> None:
         return
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             for row in rows:
@@ -177,7 +177,7 @@ def write_log(path: Path, rows: list[dict]) -> None:
 def read_log(path: Path) -> list[dict[str, float]]:
     """What `write_log` wrote; empty if the file is missing or was not written by it."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             return [{name: float(value) for name, value in row.items()}
                     for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError, csv.Error):

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import random
 import shlex
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from common.runtime import distributed, settings
+from common.runtime.batches import is_out_of_memory
 from common.runtime.errors import UserError
 
 MENDS = {  # the sentences for errors of the disk that the user can solve; {} is the path
@@ -31,16 +33,19 @@ MENDS = {  # the sentences for errors of the disk that the user can solve; {} is
     errno.EACCES: "there is no permission to open {}: change its permissions or choose another "
                   "folder",
 }
+OTHER_MEND = "{} cannot be used ({}): look at it, or choose another place"
 
 
 def run(main: Callable[[], None], constants: dict[str, object], shared: bool = False) -> None:
     """Puts the command line's NAME=value into `constants`, then calls `main()`.
 
-    An error that the user can solve ends the script with one sentence on stderr and exit status 1;
-    Ctrl-C ends it with status 130.
+    An error that the user can solve ends the script with one sentence on stderr and exit status 1,
+    Ctrl-C with status 130. If whoever reads stdout has gone, it ends without a word, as other
+    programs do, with status 141.
     constants: the script's `globals()`.
     shared: whether `main` shares its work with the other processes of torchrun.
     """
+    prepare_streams()
     try:
         distributed.start()
         settings.override(constants, sys.argv[1:])
@@ -48,17 +53,38 @@ def run(main: Callable[[], None], constants: dict[str, object], shared: bool = F
             require_one_process(Path(sys.argv[0]).name)
         main()
         distributed.barrier()  # so that all processes fail if one fails at the last moment
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(distributed.last_words(f"error: {error}"))
     except KeyboardInterrupt:
         if distributed.RANK == 0:
             print("\nstopped; run the same command to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        sys.exit(141)
     except OSError as error:
-        if error.errno not in MENDS:
+        if error.errno is None:  # not the system's
             raise
-        sentence = MENDS[error.errno].format(error.filename or "a file of this run")
+        mend = MENDS.get(error.errno, OTHER_MEND.format("{}", os.strerror(error.errno)))
+        sentence = mend.format(error.filename or "a file of this run")
         sys.exit(distributed.last_words(f"error: {sentence}"))
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+            raise
+        sys.exit(distributed.last_words(
+            "error: out of memory: set smaller sizes or batches, or DEVICE=cpu, or use a machine "
+            "with more memory"))
+
+
+def prepare_streams() -> None:
+    """Output never fails for want of a character, nor where a daemon has closed the streams."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open as long as the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def require_one_process(what: str) -> None:

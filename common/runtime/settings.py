@@ -107,14 +107,14 @@ def _parse(text: str, default: object) -> object:
         return float(text)
     if isinstance(default, tuple):  # its items are floats if one of them is
         like = next((item for item in default if isinstance(item, float)), default[0])
-        return tuple(_parse(part, like) for part in text.split(","))
+        return tuple(_parse(part.strip(), like) for part in text.split(","))
     if isinstance(default, dict):
         if ":" not in text:
             return {key: _parse(text, value) for key, value in default.items()}
         keys = {str(key): key for key in default}
         value = dict(default)
         for pair in text.split(","):
-            name, item = pair.split(":", 1)
+            name, item = (part.strip() for part in pair.split(":", 1))
             value[keys[name]] = _parse(item, default[keys[name]])
         return value
     return type(default)(text)
@@ -132,7 +132,8 @@ def _show(value: object) -> str:
 def positive(constants: dict[str, object], /, *names: str) -> None:
     """Raises UserError naming the first of these constants that is not greater than 0.
 
-    Of a tuple or a dict every item must be.
+    Of a tuple or a dict every item must be. Numbers of 2^31 and more are refused too: no stage
+    has a use for them, and libraries overflow.
     """
     for name in names:
         value = constants[name]
@@ -142,6 +143,8 @@ def positive(constants: dict[str, object], /, *names: str) -> None:
             items = value if isinstance(value, tuple) else (value,)
         if not all(item > 0 for item in items):
             raise UserError(f"{name}={_show(value)} must be greater than 0")
+        if not all(item < 2**31 for item in items):
+            raise UserError(f"{name}={_show(value)} must be below 2^31")
 
 
 def not_negative(constants: dict[str, object], /, *names: str) -> None:
