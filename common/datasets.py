@@ -14,8 +14,9 @@ from common.runtime import distributed
 from common.runtime.errors import UserError
 from common.tasks import Task
 
-# No split is published with CUHK's 704 out-of-focus images; the literature tests on 100 of them.
-CUHK_TEST_IMAGES = 100
+# No split comes with CUHK's 704 out-of-focus images. The literature tests on these 100 of them, a
+# list that D-DFFNet published and took from BTBNet.
+CUHK_TEST_LIST = Path(__file__).with_name("cuhk_test.txt")
 
 IGNORE = 255  # label of pixels without a truth (VOC's outlines)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in upper or lower case
@@ -262,11 +263,17 @@ def _pairs(image_dir: Path, mask_dir: Path, prefix: str = "") -> list[tuple[str,
 def _cuhk(task: Task, data_dir: Path, image_dir: Path, mask_dir: Path) -> list[Sample]:
     """The out-of-focus images of CUHK; its `motion*` images belong to another task.
 
-    Test images are those named in data_dir/test.txt. Without that file they are the last 100 by
-    name, or the last seventh of a smaller data set. What was taken is printed.
+    Test images are those named in data_dir/test.txt. Without that file they are the 100 of
+    CUHK_TEST_LIST, or the last seventh by name where the folder does not hold all of these. What
+    was taken is printed.
     """
     pairs = _pairs(image_dir, mask_dir, prefix="out_of_focus")
     names = [name for name, _, _ in pairs]
+    if not names:
+        raise UserError(f"{image_dir} holds no out_of_focus*.jpg, CUHK's names of such images: "
+                        "copies with other names (1.bmp, ...) are other data sets; put the "
+                        "original there, or use TASK=folder")
+    published = set(read_list(CUHK_TEST_LIST))
     list_file = data_dir / "test.txt"
     if list_file.is_file():
         test, source = set(read_list(list_file)), "named in test.txt"
@@ -274,9 +281,12 @@ def _cuhk(task: Task, data_dir: Path, image_dir: Path, mask_dir: Path) -> list[S
         if unknown:
             raise UserError(f"{list_file} names {_some(unknown)}, but {image_dir} has no such "
                             "out-of-focus image")
+    elif published < set(names):
+        test, source = published, "those that the literature tests on; test.txt would change them"
     else:
-        count = min(CUHK_TEST_IMAGES, max(1, round(len(names) / 7)))
-        test, source = set(names[-count:]), "the last by name, as there is no test.txt"
+        count = max(1, round(len(names) / 7))
+        test, source = set(names[-count:]), ("the last by name, as there is no test.txt and the "
+                                             "literature's 100 test images are not all here")
     note = (f"{task.title}: {len(names) - len(test)} training images, {len(test)} test images "
             f"({source})")
     if task.name == "cuhk":
@@ -310,9 +320,12 @@ def _voc(data_dir: Path, image_dir: Path, mask_dir: Path) -> list[Sample]:
 
 
 def read_list(file: Path) -> list[str]:
-    """The names in a list file, each once; a line may hold a folder and an extension too."""
+    """The names in a list file, each once; a line may hold a folder and an extension too.
+
+    Of a line such as 1.bmp--out_of_focus0002, as copies of CUHK have it, the name is what follows.
+    """
     lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    paths = [Path(line.strip()) for line in lines if line.strip()]
+    paths = [Path(line.rpartition("--")[2].strip()) for line in lines if line.strip()]
     names = (path.stem if path.suffix.lower() in EXTENSIONS else path.name for path in paths)
     return list(dict.fromkeys(names))
 

@@ -128,15 +128,42 @@ def test_the_two_splits_are_found_in_their_authors_folders(tmp_path, name):
     assert label_map_of(samples[0], name).tolist() == half(top=1).tolist()
 
 
-@pytest.mark.parametrize("count, tested", [(704, 100), (20, 3), (4, 1)])
-def test_cuhk_tests_on_the_last_hundred_or_seventh_without_motion_blur(
-        tmp_path, monkeypatch, count, tested):
+def test_cuhk_tests_on_the_hundred_images_of_the_literature(tmp_path, monkeypatch, capsys):
     # empty files will do, since listing opens no picture
     monkeypatch.setattr(Image.Image, "save", lambda self, path: path.touch())
-    samples = list_samples(get_task("cuhk"), make_cuhk(tmp_path, count))
-    stems = [f"out_of_focus{index:04d}" for index in range(1, count + 1)]
-    assert names(samples, "train") == stems[:-tested]
-    assert names(samples, "test") == stems[-tested:]
+    samples = list_samples(get_task("cuhk"), make_cuhk(tmp_path, 704))
+    tested, stems = names(samples, "test"), names(samples, "train")
+    assert len(tested) == 100 and len(stems) == 604 and not set(tested) & set(stems)
+    assert {"out_of_focus0037", "out_of_focus0117", "out_of_focus0126"} < set(tested)
+    assert sum(name > "out_of_focus0604" for name in tested) == 20
+    assert "100 test images (those that the literature tests on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count, tested", [(703, 100), (20, 3), (4, 1)])
+def test_a_part_of_cuhk_is_tested_on_its_last_seventh(tmp_path, monkeypatch, capsys, count, tested):
+    monkeypatch.setattr(Image.Image, "save", lambda self, path: path.touch())
+    make_cuhk(tmp_path, 704 if count == 703 else count)
+    if count == 703:  # one of the literature's is missing
+        (tmp_path / "image/out_of_focus0037.jpg").unlink()
+        (tmp_path / "gt/out_of_focus0037.png").unlink()
+    samples = list_samples(get_task("cuhk"), tmp_path)
+    whole = sorted(sample.name for sample in samples)
+    assert names(samples, "train") == whole[:-tested]
+    assert names(samples, "test") == whole[-tested:]
+    assert "not all here" in capsys.readouterr().out
+
+
+def test_a_copy_of_cuhk_with_other_names_is_told_so(tmp_path):
+    pair(tmp_path / "image", tmp_path / "gt", "1")
+    with pytest.raises(UserError, match=r"image holds no out_of_focus\*\.jpg.* TASK=folder"):
+        list_samples(get_task("cuhk"), tmp_path)
+
+
+def test_a_list_line_with_the_copys_name_before_the_image_is_read(tmp_path):
+    make_cuhk(tmp_path, 4)
+    (tmp_path / "test.txt").write_text("1.bmp--out_of_focus0002\n2.bmp--out_of_focus0004.jpg\n")
+    samples = list_samples(get_task("cuhk"), tmp_path)
+    assert names(samples, "test") == ["out_of_focus0002", "out_of_focus0004"]
 
 
 def test_a_list_file_overrides_the_test_images_of_cuhk(tmp_path, capsys):

@@ -470,7 +470,7 @@ def paths(effect: str, split: str, index: int) -> tuple[str, str]:
     """
     name = f"{'tr' if split == 'train' else 'te'}{index:04d}"
     if effect == "blur":
-        # CUHK has one folder; its test set are the last 100 names unless test.txt lists others
+        # CUHK has one folder, and its test set is what test.txt lists
         number = index + 1 + (TRAIN_SCENES if split == "test" else 0)
         return f"image/out_of_focus{number:04d}.jpg", f"gt/out_of_focus{number:04d}.png"
     if effect == "shadow":
