@@ -229,6 +229,33 @@ def test_a_mask_of_another_folders_image_of_the_same_name_is_not_replaced(tmp_pa
     assert told(out) == [("a.jpg", "a.png"), ("b.png", "b.png")]
 
 
+@pytest.mark.parametrize("theirs", ["a.png", "overlays/a.png"])
+def test_a_file_of_the_users_is_not_replaced(tmp_path, attributes, theirs):
+    out, folder = tmp_path / "masks", photos(tmp_path / "one", "a.png", "b.png")
+    (out / "overlays").mkdir(parents=True)
+    Image.new("L", (8, 8), 7).save(out / theirs)  # drawn by hand
+    before = (out / theirs).read_bytes()
+    with pytest.raises(UserError, match="masks/.*a.png was not written by this run, .* of .*a.png"):
+        segment_dogs(folder, out, attributes)
+    assert (out / theirs).read_bytes() == before and not (out / "b.png").exists()
+
+
+def test_photographs_that_lie_where_masks_go_are_not_replaced(tmp_path, attributes):
+    folder = photos(tmp_path / "masks", "a.png")
+    before = (tmp_path / "masks/a.png").read_bytes()
+    with pytest.raises(UserError, match="masks/a.png was not written by this run"):
+        segment_dogs(folder, tmp_path / "masks", attributes)
+    assert (tmp_path / "masks/a.png").read_bytes() == before
+
+
+def test_a_mask_whose_line_a_kill_left_unwritten_is_made_again(tmp_path, attributes):
+    out, folder = tmp_path / "masks", photos(tmp_path / "one", "a.png")
+    segment_dogs(folder, out, attributes)
+    (out / "masks.jsonl").unlink()
+    segment_dogs(folder, out, attributes)
+    assert told(out) == [("a.png", "a.png")]
+
+
 def test_lines_of_another_folder_stay_and_a_stopped_call_keeps_its_own(tmp_path, attributes):
     out, seen = tmp_path / "masks", []
 

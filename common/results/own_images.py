@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -33,6 +34,7 @@ from common.runtime.errors import UserError
 from common.runtime.files import write_atomic, write_text
 from common.runtime.settings import choose
 
+_MARK = ("Software", "AlignSAM")  # in every picture written here, so that no other is replaced
 # AlignSAM's prompting of embeddings (B, C, h, w) with maps (B, h, w): the episode as it ended
 Align = Callable[[Tensor, Tensor], Episode]
 
@@ -225,7 +227,19 @@ def palette() -> list[int]:
 
 
 def save(path: Path, picture: Image.Image) -> None:
-    write_atomic(path, lambda temporary: picture.save(temporary, "PNG"))
+    """As PNG, marked as written here; see `is_ours`."""
+    mark = PngInfo()
+    mark.add_text(*_MARK)
+    write_atomic(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=mark))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `save` wrote this picture."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(_MARK[0]) == _MARK[1]
+    except Exception:  # what is no picture makes Pillow raise nearly anything
+        return False
 
 
 # ---- what is done
@@ -246,9 +260,17 @@ class Progress:
         self.made_with, self.stamps = "", {}
 
     def require_free(self, names: dict[Path, list[str]]) -> None:
-        """Raises UserError where a mask would replace that of an image in another folder."""
+        """Raises UserError where a mask would replace what this run did not write.
+
+        That is a mask of an image in another folder, or any file of the user's.
+        """
         for path, stems in names.items():
+            listed = any(f"{stem}.png" in self.lines for stem in stems)
             for stem in stems:
+                for file in (self.out / f"{stem}.png", self.out / "overlays" / f"{stem}.png"):
+                    if file.exists() and not listed and not is_ours(file):
+                        raise UserError(f"{file} was not written by this run, and a mask of {path} "
+                                        "would replace it: move it away, or name another RUN_DIR")
                 line = self.lines.get(f"{stem}.png", {})
                 if line.get("folder", self.folder) != self.folder:
                     raise UserError(f"{self.out / line['mask']} is the mask of "
