@@ -96,7 +96,7 @@ def print_held_out_accuracy(run: Run, new_episode: partial, srm: nn.Module) -> N
     samples = run.cache.samples("test")
     spread = np.linspace(0, len(samples) - 1, min(HELD_OUT, len(samples)))
     samples = samples[spread.astype(int)]
-    embeddings = run.cache.embeddings(samples).float().to(run.device)
+    embeddings = run.cache.embeddings(samples).to(run.device).float()
     maps = run.cache.maps(samples).to(run.device)
     truth_centres = run.cache.truth_centres(samples).to(run.device)
     for kind, name in (("no mask", "before any mask"),

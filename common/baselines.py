@@ -123,7 +123,7 @@ class Baselines(NamedTuple):
             same = samples[samples[:, 1] == text]
             if not len(same):
                 same = samples
-            targets[text] = persam.target(cache.embeddings(same).float().to(device),
+            targets[text] = persam.target(cache.embeddings(same).to(device).float(),
                                           cache.truth_grid(same).to(device))
         if "CLIP Surgery alone" in rows:
             label_maps = [cache.label_map(sample) for sample in samples]

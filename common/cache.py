@@ -150,7 +150,7 @@ class Cache:
         present = self.file["present"][:][samples[:, 0]] == 1
         return TrainingSet(
             samples=samples,
-            embeddings=self.embeddings(samples).float().to(device),
+            embeddings=self.embeddings(samples).to(device).float(),
             maps=self.maps(samples).to(device),
             truth=self.truth_grid(samples).to(device),
             every_map=torch.stack([self.maps(some) for some in pairs], 1).to(device),

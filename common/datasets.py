@@ -19,7 +19,7 @@ from common.tasks import Task
 CUHK_TEST_LIST = Path(__file__).with_name("cuhk_test.txt")
 
 IGNORE = 255  # label of pixels without a truth (VOC's outlines)
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in upper or lower case
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")  # in any case
 ASPECT_TOLERANCE = 0.02  # relative, of height / width, between an image and a mask of another size
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations whose view swaps height and width
 
@@ -229,10 +229,14 @@ def _check_layout(task: Task, data_dir: Path) -> None:
 def _pictures(folder: Path, prefix: str = "") -> dict[str, Path]:
     """{stem: path} of the pictures in a folder whose names start with `prefix`, sorted by stem.
 
-    Hidden files, such as the `._x.png` of macOS, do not count. Raises UserError if two pictures
-    have the same stem.
+    Hidden files, such as the `._x.png` of macOS, do not count. Other files are passed over, and
+    named on stdout. Raises UserError if two pictures have the same stem.
     """
     found: dict[str, Path] = {}
+    others = [path.name for path in sorted(folder.iterdir()) if path.name[0] != "."
+              and path.name.startswith(prefix) and path.suffix.lower() not in EXTENSIONS]
+    if others:
+        print(f"passed over in {folder}, as no picture that is read: {_some(others)}")
     for path in sorted(folder.iterdir(), key=lambda path: (path.stem, path.name)):
         is_picture = path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
         if not is_picture or not path.stem.startswith(prefix):

@@ -352,3 +352,12 @@ def test_a_torchscript_file_is_named_with_the_way_to_extract_its_weights(tmp_pat
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), checkpoint)
     with pytest.raises(UserError, match=r"torch\.jit\.load\('in\.pt', 'cpu'\)\.state_dict\(\)"):
         load_clip(f"ViT-B-16-quickgelu/{checkpoint}", "cpu")
+
+
+def test_the_words_that_clip_does_not_see_are_said(capsys):
+    model, tokenizer = load_clip("demo", "cpu")
+    ClipSurgery(model, tokenizer, 64, ["rusty bolt"])
+    assert capsys.readouterr().out == ""
+    ClipSurgery(model, tokenizer, 64, [" ".join(["rusty"] * 70 + ["bolt"])])
+    said = capsys.readouterr().out
+    assert said.startswith("CLIP reads only the beginning") and said.strip().endswith("rusty bolt")

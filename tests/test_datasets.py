@@ -649,3 +649,24 @@ def test_voc_draws_as_evenly_over_the_classes_as_the_data_allow(tmp_path):
     assert sorted(texts) == [0, 0, 0, 0, 2, 2] and set(texts[:2]) == set(texts[2:4]) == {0, 2}
     assert len({sample.name for sample, _ in drawn}) == 6  # no image twice while there are others
     assert "v7" not in {sample.name for sample, _ in drawn}
+
+
+def test_files_that_are_no_pictures_are_passed_over_and_said(tmp_path, capsys):
+    make(tmp_path, "sbu")
+    masks = tmp_path / "SBUTrain4KRecoveredSmall/ShadowMasks"
+    (masks / "lssd5.mat").write_bytes(b"MATLAB")
+    (masks / "._train_a.png").write_bytes(b"of macOS")
+    samples = list_samples(get_task("sbu"), tmp_path)
+    assert len(names(samples, "train")) == 2
+    out = capsys.readouterr().out
+    assert "passed over in " in out and "lssd5.mat" in out and "macOS" not in out
+
+
+@pytest.mark.parametrize("ending", ["tif", "TIFF", "gif"])
+def test_tiff_and_gif_pairs_belong_to_a_data_set(tmp_path, ending):
+    root = make(tmp_path, "folder")
+    for kind, values in (("images", picture()), ("masks", half())):
+        Image.fromarray(values).save(root / "train" / kind / f"new.{ending}")
+    sample = {sample.name: sample for sample in list_samples(task_of("folder"), root)}["new"]
+    assert sample.image.suffix == f".{ending}"
+    assert label_map_of(sample, "folder").tolist() == half(top=1).tolist()

@@ -363,3 +363,12 @@ def test_a_folder_without_images_gets_a_sentence(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UserError, match="holds no image"):
         find_images(tmp_path)
+
+
+def test_files_that_are_passed_over_are_said(tmp_path, attributes, capsys):
+    folder = photos(tmp_path / "one", "a.png")
+    (tmp_path / "one/b.heic").write_bytes(b"HEIC")
+    (tmp_path / "one/more").mkdir()
+    segment_dogs(folder, tmp_path / "masks", attributes)
+    assert "passed over, as no picture that Pillow reads here, or a folder: b.heic, more" in \
+        capsys.readouterr().out

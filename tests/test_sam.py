@@ -239,6 +239,14 @@ def test_a_checkpoint_is_loaded_from_a_path_and_frozen(vit_b, vit_b_file, prefix
     assert not sam.training and not any(p.requires_grad for p in sam.parameters())
 
 
+def test_a_checkpoint_that_a_training_script_wrapped_is_unwrapped(vit_b, tmp_path):
+    wrapped = {f"module.{name}": value for name, value in vit_b.state_dict().items()}
+    torch.save({"model": wrapped, "epoch": 3}, tmp_path / "wrapped.pth")
+    sam = load_sam(str(tmp_path / "wrapped.pth"), CPU)
+    assert_close(sam.state_dict(), vit_b.state_dict(), atol=0, rtol=0)
+    (tmp_path / "wrapped.pth").unlink()  # 375 MB
+
+
 def test_the_stand_in_is_loaded_and_frozen(demo):
     assert not demo.training and not any(p.requires_grad for p in demo.parameters())
     assert_close(demo.state_dict(), standin.build_sam().state_dict(), atol=0, rtol=0)

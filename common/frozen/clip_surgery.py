@@ -30,6 +30,14 @@ TEMPLATES = (
 )
 
 
+def _warn_of_cut(tokenizer: open_clip.SimpleTokenizer, text: str, room: int) -> None:
+    """Says which words of a text CLIP does not see, of which it reads `room` tokens."""
+    tokens = tokenizer.encode(text)
+    if len(tokens) > room:
+        print(f"CLIP reads only the beginning of a long text; it does not see: "
+              f"{tokenizer.decode(tokens[room:]).strip()}")
+
+
 @torch.no_grad()
 def encode_texts(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer,
                  texts: Sequence[str]) -> Tensor:
@@ -139,6 +147,10 @@ class ClipSurgery:
         if image_size % self.patch:
             raise UserError(f"CLIP_SIZE={image_size} is not a multiple of CLIP's patch size "
                             f"{self.patch}: set {(image_size // self.patch + 1) * self.patch}")
+        if isinstance(tokenizer, open_clip.SimpleTokenizer):
+            longest = max(len(tokenizer.encode(template(""))) for template in TEMPLATES)
+            for text in texts:  # a prompt has a start and an end token besides
+                _warn_of_cut(tokenizer, text, model.context_length - 2 - longest)
         self.text_features = encode_texts(model, tokenizer, texts)  # (K, D)
         self.empty_feature = None  # (1, D), needed where there is one text
         if len(texts) == 1:
@@ -158,7 +170,8 @@ class ClipSurgery:
         """
         images = images.to(self.mean.device).float() / (255 if images.dtype == torch.uint8 else 1)
         size = (self.image_size, self.image_size)
-        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        if images.shape[2:] != size:  # not every device has a kernel for it
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
         tokens = surgery_tokens(self.visual, (images - self.mean) / self.std)
         if self.empty_feature is None:
             similarity = feature_surgery(tokens, self.text_features)

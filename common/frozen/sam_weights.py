@@ -55,7 +55,7 @@ def _load_checkpoint(path: Path, size: str | None, compared: bool = False) -> Sa
     size: the one that the user named, None to go by the weights alone. compared: whether the
     file's own hash is known to be right, so that its parts need no second reading.
     """
-    weights = _read(path, compared)
+    weights = _unwrapped(_read(path, compared))
     pos_embed = weights.get("image_encoder.pos_embed") if isinstance(weights, dict) else None
     width = pos_embed.shape[-1] if isinstance(pos_embed, torch.Tensor) else None
     found = SIZE_OF_WIDTH.get(width)
@@ -76,6 +76,16 @@ def _load_checkpoint(path: Path, size: str | None, compared: bool = False) -> Sa
         raise UserError(f"{path} does not fit segment_anything's {found} ({reason} ...); "
                         "give a checkpoint of that model.") from error
     return sam
+
+
+def _unwrapped(content: object) -> object:
+    """The state dict in what training scripts save: {"model": ...}, names with "module." before."""
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if isinstance(content, dict):
+        content = {str(key).removeprefix("module."): value for key, value in content.items()}
+    return content
 
 
 def _read(path: Path, compared: bool) -> object:

@@ -120,6 +120,11 @@ def find_images(folder: Path) -> list[Path]:
     readable = {suffix for suffix, kind in formats if kind in Image.OPEN}
     found = [path for path in folder.iterdir() if path.is_file()
              and path.suffix.lower() in readable and not path.name.startswith(".")]
+    others = [path.name for path in sorted(folder.iterdir())
+              if path not in found and not path.name.startswith(".")]
+    if others:
+        some = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
+        print(f"passed over, as no picture that Pillow reads here, or a folder: {some}")
     if not found:
         raise UserError(f"IMAGES={folder} holds no image: name a folder with files such as "
                         "photo.jpg in it")
@@ -208,10 +213,12 @@ def indexed(masks: np.ndarray, y_r: Tensor, texts: list[int]) -> Image.Image:
     masks: bool (K, H, W). y_r: the SRM's probability (K, h, w). texts: their K indices.
     """
     size = masks.shape[1:]
-    probability = F.interpolate(y_r[:, None], size, mode="bilinear")[:, 0].cpu().numpy()
-    best = np.where(masks, probability, -1).argmax(0)
-    indices = np.where(masks.any(0), 1 + np.array(texts)[best], 0)
-    picture = Image.fromarray(indices.astype(np.uint8))
+    indices, highest = np.zeros(size, np.uint8), np.full(size, -1, np.float32)
+    for mask, text, coarse in zip(masks, texts, y_r):  # one by one: full-size maps are large
+        probability = F.interpolate(coarse[None, None], size, mode="bilinear")[0, 0].cpu().numpy()
+        wins = mask & (probability > highest)
+        indices[wins], highest[wins] = 1 + text, probability[wins]
+    picture = Image.fromarray(indices)
     picture.putpalette(palette())
     return picture
 

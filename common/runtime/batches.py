@@ -10,7 +10,8 @@ from tqdm import tqdm
 from common.runtime.errors import UserError
 
 # What a lack of memory is called by CUDA, MPS, the CPU and cuBLAS.
-PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED",
+           "CUBLAS_STATUS_NOT_INITIALIZED")
 
 
 def in_batches(items: Iterable, size: int, compute: Callable[[list], object],

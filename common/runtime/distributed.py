@@ -48,9 +48,10 @@ def start() -> None:
 def own(device: torch.device) -> torch.device:
     """The GPU of this process if `device` is "cuda" without a number; otherwise `device`.
 
+    A GPU becomes torch's current one, of which torch answers questions that name none.
     Raises UserError if there are fewer GPUs than processes.
     """
-    if SIZE == 1 or device.type != "cuda":
+    if device.type != "cuda" or (SIZE == 1 and device.index is None):
         return device
     if device.index is None:
         gpus = torch.cuda.device_count()

@@ -31,7 +31,7 @@ class Trained:
 
     def new_episode(self, embeddings: Tensor, maps: Tensor) -> Episode:
         """An episode of F (B, C, h, w) and M_c (B, h, w), of any float type on any device."""
-        embeddings, maps = (values.float().to(self.centres.device) for values in (embeddings, maps))
+        embeddings, maps = (values.to(self.centres.device).float() for values in (embeddings, maps))
         residual = self.content["settings"]["residual"]
         return Episode(self.prompter, embeddings, maps, self.centres, residual=residual)
 
