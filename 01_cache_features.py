@@ -25,8 +25,8 @@ from tqdm import tqdm
 from common.cache_file import PICTURE, CacheWriter, Layout
 from common.datasets import (
     Sample,
+    check_samples,
     draw_shots,
-    image_size,
     list_samples,
     load_image,
     load_label_map,
@@ -112,7 +112,6 @@ def main() -> None:
         from common.standin.scenes import write_dataset
         with distributed.rank_0_first():
             write_dataset(TASK.removeprefix("demo_"), data_dir)
-
     elif "demo" in (SAM, CLIP):
         print("SAM=demo and CLIP=demo are small stand-ins: see the README for the real models")
 
@@ -122,6 +121,7 @@ def main() -> None:
     shots = list(dict.fromkeys(sample for sample, _ in drawn))  # once, though drawn for two classes
     images = shots + [sample for sample in samples if sample.split == "test"]
     row_of = {sample: row for row, sample in enumerate(images)}
+    sizes = check_samples(images, task)
 
     # the frozen models
     with distributed.rank_0_first():  # weights are downloaded once
@@ -132,11 +132,9 @@ def main() -> None:
     frozen = FrozenModels(embedder, ClipSurgery(clip, tokenizer, clip_size, task.texts), IMAGE_SIZE)
 
     # the cache, laid out before the first image
-    sizes = tqdm(images, "reading sizes", leave=False, disable=distributed.RANK > 0)
     layout = Layout(
         names=[sample.name for sample in images], splits=[sample.split for sample in images],
-        sizes=[image_size(sample.image) for sample in sizes],
-        shots=[(row_of[sample], text) for sample, text in drawn], texts=task.texts,
+        sizes=sizes, texts=task.texts, shots=[(row_of[sample], text) for sample, text in drawn],
         embedding=(sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size),
         frame=IMAGE_SIZE, patch=PATCH_SIZE)
     packages = ("torch", "segment_anything", "open_clip_torch")

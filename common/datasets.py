@@ -20,6 +20,7 @@ CUHK_TEST_LIST = Path(__file__).with_name("cuhk_test.txt")
 
 IGNORE = 255  # label of pixels without a truth (VOC's outlines)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")  # in any case
+_NEARLY_BLACK = 16  # grey level up to which a mask's pixel counts as black
 ASPECT_TOLERANCE = 0.02  # relative, of height / width, between an image and a mask of another size
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations whose view swaps height and width
 
@@ -120,10 +121,30 @@ def load_label_map(sample: Sample, task: Task, image_size: tuple[int, int]) -> n
         else:
             label_map = _binary_label_map(picture, sample)
     if not task.white_is_foreground:
-        label_map = 1 - label_map
+        label_map = np.where(label_map == IGNORE, IGNORE, 1 - label_map).astype(np.uint8)
     if label_map.shape == tuple(image_size):
         return label_map
     return _fit(label_map, sample, tuple(image_size))
+
+
+def check_samples(samples: list[Sample], task: Task) -> list[tuple[int, int]]:
+    """The images' sizes (H, W); every mask is read once, before hours are spent on the images.
+
+    Raises UserError that names all images and masks which cannot be used, the first ten of them
+    with their faults.
+    """
+    sizes, faults = [], []
+    for sample in tqdm(samples, "checking masks", leave=False, disable=distributed.RANK > 0):
+        try:
+            sizes.append(image_size(sample.image))
+            load_label_map(sample, task, sizes[-1])
+        except UserError as error:
+            faults.append(str(error))
+    if len(faults) > 10:
+        faults[10:] = [f"and {len(faults) - 10} more"]
+    if faults:
+        raise UserError("; ".join(faults))
+    return sizes
 
 
 def untrainable(label_map: np.ndarray) -> str | None:
@@ -380,15 +401,48 @@ def _as_array(picture: Image.Image, mode: Literal["RGB", "L"], path: Path) -> np
 
 
 def _binary_label_map(picture: Image.Image, sample: Sample) -> np.ndarray:
-    """The label map of a binary mask, with 1 where the picture is white."""
+    """The label map of a binary mask, with 1 where the picture is white.
+
+    Raises UserError, and guesses nothing, where a lossless mask is not white on black: where it
+    holds class numbers or several colours, has no black, or has its shape in its transparency.
+    """
     values = _as_array(picture, "L", sample.mask)
-    # Low values in a lossless mask are class numbers. In an empty JPEG mask they are only noise.
-    top = 255 if picture.format == "JPEG" else values.max()
-    if 1 < top <= 127:
-        raise UserError(f"the grey levels of {sample.mask} end at {top}: save its foreground as "
-                        "255")
-    threshold = 0 if top == 1 else 127
-    return (values > threshold).astype(np.uint8)
+    white = values > 127
+    if picture.format == "JPEG":  # its levels are noisy, so nothing can be told from them
+        return white.astype(np.uint8)
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        opaque = np.asarray(picture.convert("RGBA"))[..., 3] > 127
+        if (opaque != white).any() and not opaque.all():
+            raise UserError(f"{sample.mask} has its shape in its transparency: save it as white on "
+                            "black, without an alpha channel")
+    if picture.mode == "P" and _is_colour_on_black(picture):  # as annotation tools write it
+        return (values > 0).astype(np.uint8)
+    levels, counts = np.unique(values, return_counts=True)
+    if set(levels) <= {0, 1}:
+        return values
+    if set(levels) <= {0, 1, IGNORE} and 1 in levels:  # 0 and 1 beside a ring that is ignored
+        return values
+    if levels[-1] <= 127:
+        raise UserError(f"the grey levels of {sample.mask} end at {levels[-1]}: save its "
+                        "foreground as 255")
+    if levels[0] > _NEARLY_BLACK and len(levels) > 1:
+        raise UserError(f"{sample.mask} has no black, its darkest level is {levels[0]}: save its "
+                        "background as 0 and its foreground as 255")
+    large = levels[(counts >= 0.02 * values.size) & (levels > _NEARLY_BLACK)]
+    if len(large) and int(large[-1]) - int(large[0]) > 2 * _NEARLY_BLACK:
+        raise UserError(f"{sample.mask} holds more than black and white (the grey levels "
+                        f"{_some([str(level) for level in large])}): save one target as white on "
+                        "black")
+    return white.astype(np.uint8)
+
+
+def _is_colour_on_black(picture: Image.Image) -> bool:
+    """Whether a palette picture uses two colours, of which index 0 is black and the other dark."""
+    used = picture.getcolors()
+    if used is None or sorted(index for _, index in used)[:1] != [0] or len(used) != 2:
+        return False
+    levels = sorted(value for _, value in picture.convert("L").getcolors())
+    return len(levels) == 2 and levels[0] == 0 and levels[1] > 1
 
 
 def _voc_label_map(picture: Image.Image, sample: Sample, task: Task) -> np.ndarray:

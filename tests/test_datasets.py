@@ -8,6 +8,7 @@ from PIL import Image
 
 from common.datasets import (
     Sample,
+    check_samples,
     draw_shots,
     image_size,
     list_samples,
@@ -483,9 +484,66 @@ def test_binary_masks_of_any_mode_are_read(tmp_path, mask):
     assert label_map.tolist() == half(top=1).tolist()
 
 
-def test_grey_levels_up_to_127_are_background(tmp_path):
-    mask = half()
-    mask[:, 4:] = 127
+def test_grey_levels_up_to_127_on_an_outline_are_background(tmp_path):
+    mask = half(60, 80)
+    mask[0, 40], mask[0, 41] = 127, 128
+    expected = half(60, 80, top=1)
+    expected[0, 41] = 1
+    sample = one(tmp_path, mask=mask, image=picture(60, 80))
+    assert label_map_of(sample).tolist() == expected.tolist()
+
+
+def ringed():
+    mask = half(top=1)
+    mask[:, 3] = 255
+    return mask
+
+
+@pytest.mark.parametrize("white", [True, False])
+def test_255_beside_0_and_1_is_ignored(tmp_path, white):
+    task = replace(task_of("folder"), white_is_foreground=white)
+    sample = one(tmp_path, mask=ringed())
+    label_map = load_label_map(sample, task, (6, 8))
+    assert label_map[0].tolist() == ([1, 1, 1, 255, 0, 0, 0, 0] if white
+                                     else [0, 0, 0, 255, 1, 1, 1, 1])
+
+
+def test_a_dark_palette_colour_on_black_is_foreground(tmp_path):
+    mask = Image.fromarray(half(top=1))
+    mask.putpalette([0, 0, 0, 128, 0, 0])  # the red that labelme writes
+    assert label_map_of(one(tmp_path, mask=mask)).tolist() == half(top=1).tolist()
+
+
+def two_colours():
+    mask = np.zeros((6, 8, 3), np.uint8)
+    mask[:, :2], mask[:, 2:4] = (0, 128, 0), (255, 255, 0)
+    return mask
+
+
+def dark_on_yellow():
+    mask = np.full((6, 8, 3), (255, 255, 0), np.uint8)
+    mask[:, :4] = (0, 0, 160)
+    return mask
+
+
+def white_with_alpha():
+    mask = np.full((6, 8, 4), 255, np.uint8)
+    mask[..., 3] = half()
+    return mask
+
+
+@pytest.mark.parametrize("mask, said", [
+    (two_colours(), "holds more than black and white .*75, 226"),
+    (dark_on_yellow(), "has no black, its darkest level is 18"),
+    (white_with_alpha(), "has its shape in its transparency"),
+])
+def test_a_mask_that_is_not_white_on_black_is_refused_and_not_guessed(tmp_path, mask, said):
+    with pytest.raises(UserError, match=rf"x\.png {said}"):
+        label_map_of(one(tmp_path, mask=mask))
+
+
+def test_transparency_that_says_the_same_as_the_colours_is_no_fault(tmp_path):
+    mask = np.repeat(half()[..., None], 4, 2)
     assert label_map_of(one(tmp_path, mask=mask)).tolist() == half(top=1).tolist()
 
 
@@ -670,3 +728,19 @@ def test_tiff_and_gif_pairs_belong_to_a_data_set(tmp_path, ending):
     sample = {sample.name: sample for sample in list_samples(task_of("folder"), root)}["new"]
     assert sample.image.suffix == f".{ending}"
     assert label_map_of(sample, "folder").tolist() == half(top=1).tolist()
+
+
+def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tmp_path):
+    root = make(tmp_path, "folder")
+    samples = list_samples(task_of("folder"), root)
+    assert check_samples(samples, task_of("folder")) == [(6, 8)] * 4
+    for sample in samples[1:3]:
+        Image.fromarray(half(top=15)).save(sample.mask)
+    with pytest.raises(UserError) as error:
+        check_samples(samples, task_of("folder"))
+    assert all(f"{sample.mask} end at 15" in str(error.value) for sample in samples[1:3])
+    for number in range(12):
+        pair(root / "test/images", root / "test/masks", f"bad{number:02}")
+        Image.fromarray(half(top=15)).save(root / f"test/masks/bad{number:02}.png")
+    with pytest.raises(UserError, match="; and 4 more$"):
+        check_samples(list_samples(task_of("folder"), root), task_of("folder"))
