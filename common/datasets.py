@@ -59,8 +59,7 @@ def list_samples(task: Task, data_dir: str | Path) -> list[Sample]:
     Raises UserError if folders are missing (naming them and where to get the data set), if an
     image has no mask or a mask no image (naming the files), or if a split is empty.
     """
-    data_dir = Path(data_dir).expanduser()
-    _check_layout(task, data_dir)
+    data_dir = _root(task, Path(data_dir).expanduser())
     folders = {split: (data_dir / images, data_dir / masks)
                for split, (images, masks) in FOLDERS[task.dataset].items()}
     if task.dataset == "cuhk":
@@ -225,14 +224,28 @@ def _trainable(training: list[Sample], task: Task, count: int) -> list[Sample]:
     return found
 
 
-def _check_layout(task: Task, data_dir: Path) -> None:
-    """Raises UserError if a folder or list file of the data set is missing."""
+def _root(task: Task, data_dir: Path) -> Path:
+    """The folder that holds the data set's own folders.
+
+    That is data_dir, or, said on stdout, the one folder in it that holds them, as archives unpack,
+    or a folder above it. Raises UserError if a folder or list file is missing.
+    """
     folders = [folder for pair in FOLDERS[task.dataset].values() for folder in pair]
     lists = list(_VOC_LISTS.values()) if task.dataset == "voc" else []
-    missing = [folder for folder in folders if not (data_dir / folder).is_dir()]
-    missing += [file for file in lists if not (data_dir / file).is_file()]
+
+    def missing_in(root: Path) -> list[str]:
+        missing = [folder for folder in folders if not (root / folder).is_dir()]
+        return missing + [file for file in lists if not (root / file).is_file()]
+
+    missing = missing_in(data_dir)
     if not missing:
-        return
+        return data_dir
+    inside = [path for path in data_dir.iterdir() if path.is_dir()] if data_dir.is_dir() else []
+    above = list(data_dir.resolve().parents)[:2] if task.dataset == "voc" else []
+    found = [path for path in [*inside, *above] if not missing_in(path)]
+    if len(found) == 1:
+        print(f"{task.title}: the data set lies in {found[0]}")
+        return found[0]
     if task.home:
         source = f"get the data set from {task.home} and unpack it there"
     elif task.name == "folder":

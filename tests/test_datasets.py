@@ -744,3 +744,24 @@ def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tm
         Image.fromarray(half(top=15)).save(root / f"test/masks/bad{number:02}.png")
     with pytest.raises(UserError, match="; and 4 more$"):
         check_samples(list_samples(task_of("folder"), root), task_of("folder"))
+
+
+def test_a_data_set_unpacked_one_folder_too_deep_is_found_and_said(tmp_path, capsys):
+    make(tmp_path / "SBU-shadow", "sbu")
+    (tmp_path / "SBU-shadow.zip").write_bytes(b"")
+    samples = list_samples(get_task("sbu"), tmp_path)
+    assert len(samples) == 4 and samples[0].image.is_relative_to(tmp_path / "SBU-shadow")
+    assert f"the data set lies in {tmp_path / 'SBU-shadow'}" in capsys.readouterr().out
+
+
+def test_two_copies_of_a_data_set_are_not_chosen_between(tmp_path):
+    make(tmp_path / "one", "sbu")
+    make(tmp_path / "two", "sbu")
+    with pytest.raises(UserError, match="but has no SBUTrain4K"):
+        list_samples(get_task("sbu"), tmp_path)
+
+
+def test_vocs_inner_folder_leads_to_the_one_that_holds_it(tmp_path, capsys):
+    make_voc(tmp_path)
+    samples = list_samples(get_task("voc"), tmp_path / VOC)
+    assert len(samples) == 3 and "the data set lies in" in capsys.readouterr().out
