@@ -104,9 +104,9 @@ def load_label_map(sample: Sample, task: Task, image_size: tuple[int, int]) -> n
     image_size: (H, W) of `load_image(sample.image)`, in whose frame the label map is.
 
     A binary mask may have any picture mode. It is foreground above 127 of 255, or background there
-    if the task says so. A mask whose largest value is 1 is taken to hold 0 and 1 and not grey
-    levels, unless it is a JPEG. VOC masks hold palette indices, and `IGNORE` = 255 where there is
-    no truth. A mask of another scale is resized to the nearest label.
+    if the task says so; `_binary_label_map` says what else is read. VOC masks hold palette indices.
+    `IGNORE` = 255 is where there is no truth. A mask of another scale is resized to the nearest
+    label.
 
     If EXIF turns the photograph, the mask is taken to be drawn on the turned view if its size or
     aspect fits that. Otherwise it is taken to be drawn on the stored pixels, and is turned too.
@@ -451,11 +451,9 @@ def _binary_label_map(picture: Image.Image, sample: Sample) -> np.ndarray:
 
 def _is_colour_on_black(picture: Image.Image) -> bool:
     """Whether a palette picture uses two colours, of which index 0 is black and the other dark."""
-    used = picture.getcolors()
-    if used is None or sorted(index for _, index in used)[:1] != [0] or len(used) != 2:
-        return False
-    levels = sorted(value for _, value in picture.convert("L").getcolors())
-    return len(levels) == 2 and levels[0] == 0 and levels[1] > 1
+    indices = np.unique(np.asarray(picture))
+    levels = np.unique(np.asarray(picture.convert("L")))
+    return len(indices) == len(levels) == 2 and indices[0] == levels[0] == 0 and levels[1] > 1
 
 
 def _voc_label_map(picture: Image.Image, sample: Sample, task: Task) -> np.ndarray:

@@ -42,14 +42,13 @@ def test_advantages_are_normalised_within_each_round():
     assert torch.allclose(advantages, torch.tensor([[-1.0, 0.0, 1.0]]).expand(2, -1))
 
 
-def ppo_update(
-    actor, critic, optimizer, states, actions, allowed, log_probs, targets, advantages, *more
-):
-    """agent.ppo_update on a roll-out of a single round."""
-    rollout = Rollout(None, allowed[None], actions[None], log_probs[None], None, None, None)
-    return agent.ppo_update(
-        actor, critic, optimizer, states, rollout, targets[None], advantages[None], *more
-    )
+def ppo_update(actor, critic, optimizer, states, actions, log_probs, targets, advantages,
+               epochs):
+    """agent.ppo_update on a roll-out of a single round, in which every patch is allowed."""
+    allowed = torch.ones(1, len(states), 9, dtype=torch.bool)
+    rollout = Rollout(None, allowed, actions[None], log_probs[None], None, None, None)
+    return agent.ppo_update(actor, critic, optimizer, states, rollout, targets[None],
+                            advantages[None], epochs, 0.2)
 
 
 def toy(count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,19 +71,8 @@ def test_the_update_raises_the_probability_of_rewarded_actions():
         before = policy(actor(states), allowed)
         old_log_probs = before.log_prob(actions)
     for _ in range(5):
-        log = ppo_update(
-            actor,
-            critic,
-            optimizer,
-            states,
-            actions,
-            allowed,
-            old_log_probs,
-            rewards,
-            rewards,
-            10,
-            0.2,
-        )
+        log = ppo_update(actor, critic, optimizer, states, actions, old_log_probs, rewards, rewards,
+                         10)
     after = policy(actor(states), allowed)
     rise = after.log_prob(marked) - before.log_prob(marked)
     assert rise.mean() > 0.1 and log["kl"] > 0
@@ -102,34 +90,12 @@ def test_actions_beyond_the_clip_range_move_the_actor_no_further():
     # Ratio 1.5 where it should rise, else 1 / 1.5.
     old_log_probs = log_probs - advantages * math.log(1.5)
     weights = [parameter.clone() for parameter in actor.parameters()]
-    ppo_update(
-        actor,
-        critic,
-        torch.optim.SGD(actor.parameters(), 1.0),
-        states,
-        actions,
-        allowed,
-        old_log_probs,
-        advantages,
-        advantages,
-        1,
-        0.2,
-    )
+    ppo_update(actor, critic, torch.optim.SGD(actor.parameters(), 1.0), states, actions,
+               old_log_probs, advantages, advantages, 1)
     assert all(torch.equal(old, new) for old, new in zip(weights, actor.parameters()))
     inside = log_probs - advantages * math.log(1.1)  # within the range it does move
-    ppo_update(
-        actor,
-        critic,
-        torch.optim.SGD(actor.parameters(), 1.0),
-        states,
-        actions,
-        allowed,
-        inside,
-        advantages,
-        advantages,
-        1,
-        0.2,
-    )
+    ppo_update(actor, critic, torch.optim.SGD(actor.parameters(), 1.0), states, actions, inside,
+               advantages, advantages, 1)
     assert not all(torch.equal(old, new) for old, new in zip(weights, actor.parameters()))
 
 
@@ -142,19 +108,8 @@ def test_the_critic_learns_the_targets_and_explains_their_variance():
     allowed = torch.ones(len(states), 9, dtype=torch.bool)
     targets = marked.float()
     old = policy(actor(states), allowed).log_prob(actions).detach()
-    log = ppo_update(
-        actor,
-        critic,
-        optimizer,
-        states,
-        actions,
-        allowed,
-        old,
-        targets,
-        torch.randn(len(states)),
-        300,
-        0.2,
-    )
+    log = ppo_update(actor, critic, optimizer, states, actions, old, targets,
+                     torch.randn(len(states)), 300)
     assert log["explained_variance"] > 0.9
 
 

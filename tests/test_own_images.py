@@ -240,6 +240,16 @@ def test_a_file_of_the_users_is_not_replaced(tmp_path, attributes, theirs):
     assert (out / theirs).read_bytes() == before and not (out / "b.png").exists()
 
 
+def test_a_mask_that_the_user_has_drawn_anew_is_not_replaced(tmp_path, attributes):
+    out, folder = tmp_path / "masks", photos(tmp_path / "one", "a.png")
+    segment_dogs(folder, out, attributes)
+    Image.new("L", (8, 8), 7).save(out / "a.png")
+    before = (out / "a.png").read_bytes()
+    with pytest.raises(UserError, match="masks/a.png was not written by this run"):
+        segment_dogs(folder, out, attributes)
+    assert (out / "a.png").read_bytes() == before
+
+
 def test_photographs_that_lie_where_masks_go_are_not_replaced(tmp_path, attributes):
     folder = photos(tmp_path / "masks", "a.png")
     before = (tmp_path / "masks/a.png").read_bytes()

@@ -3,10 +3,12 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common.results import tables
+from common.results.outputs import Report
 from common.results.paper import POOLED_NOTE, paper_figures, results_table
 from common.runtime.errors import UserError
 from common.tasks import get_task
@@ -344,3 +346,14 @@ def test_results_that_are_no_json_are_named(results, stored):
     results.write_bytes(stored)
     with pytest.raises(UserError, match="is damaged or was not written by 04_evaluate.py"):
         tables.read_results(results, "sbu", ())
+
+
+def test_stage_4_prints_the_papers_iou_and_ber_beside_the_means_and_the_pooled_ones(capsys):
+    scores = {"mIoU": 0.1, "BER": 0.2, "pooled": {"IoU": 0.3, "BER": 0.4}}
+    content = {"task": "sbu", "samples": 1, "images": 1, "sam": "vit_h", "clip": "a/b",
+               "rounds": 15, "rows": {"AlignSAM": scores}, "foreground_rate_attainable": 0.5,
+               "trained": {"rounds": 15}}
+    report = SimpleNamespace(drawing=SimpleNamespace(classes=None))
+    Report.print_tables(report, content, {"AlignSAM": {"mIoU": 11.0, "BER": 22.0}})
+    assert "| AlignSAM | 10.00 | 11.00 | 20.00 | 22.00 | 30.00 | 11.00 | 40.00 | 22.00 |" in \
+        capsys.readouterr().out

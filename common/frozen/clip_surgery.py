@@ -147,10 +147,9 @@ class ClipSurgery:
         if image_size % self.patch:
             raise UserError(f"CLIP_SIZE={image_size} is not a multiple of CLIP's patch size "
                             f"{self.patch}: set {(image_size // self.patch + 1) * self.patch}")
-        if isinstance(tokenizer, open_clip.SimpleTokenizer):
-            longest = max(len(tokenizer.encode(template(""))) for template in TEMPLATES)
-            for text in texts:  # a prompt has a start and an end token besides
-                _warn_of_cut(tokenizer, text, model.context_length - 2 - longest)
+        longest = max(len(tokenizer.encode(template(""))) for template in TEMPLATES)
+        for text in texts:  # a prompt has a start and an end token besides
+            _warn_of_cut(tokenizer, text, model.context_length - 2 - longest)
         self.text_features = encode_texts(model, tokenizer, texts)  # (K, D)
         self.empty_feature = None  # (1, D), needed where there is one text
         if len(texts) == 1:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.cache import Cache
 from common.metrics import Score
-from common.results.paper import POOLED_NOTE, paper_row, results_table, stand_ins
+from common.results.paper import POOLED_NOTE, beside_pooled, paper_row, results_table, stand_ins
 from common.results.pictures import save_strips, strip
 from common.results.report import gallery_item, write_report
 from common.runtime import checkpoint
@@ -175,7 +175,8 @@ class Report:
             means = "means over the images of each class, then over the classes"
         print(f"\n{content['task']}, {samples}, SAM {content['sam']}, "
               f"CLIP {content['clip']}{warning}")
-        print(results_table({row: flat(scores) for row, scores in content["rows"].items()}, paper))
+        rows = {row: flat(scores) for row, scores in content["rows"].items()}
+        print(results_table(rows, paper and beside_pooled(paper)))
         print(f"Percent, MAE a fraction. mIoU, F, BER, E and MAE are {means}; pooled IoU and BER "
               f"count pixels of all images together.\n{POOLED_NOTE}")
         print(f"FR attainable: {100 * content['foreground_rate_attainable']:.2f} "

@@ -272,10 +272,9 @@ class Progress:
         That is a mask of an image in another folder, or any file of the user's.
         """
         for path, stems in names.items():
-            listed = any(f"{stem}.png" in self.lines for stem in stems)
             for stem in stems:
                 for file in (self.out / f"{stem}.png", self.out / "overlays" / f"{stem}.png"):
-                    if file.exists() and not listed and not is_ours(file):
+                    if file.exists() and not is_ours(file):
                         raise UserError(f"{file} was not written by this run, and a mask of {path} "
                                         "would replace it: move it away, or name another RUN_DIR")
                 line = self.lines.get(f"{stem}.png", {})

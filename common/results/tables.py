@@ -40,7 +40,7 @@ EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main is run
 FIGURE7 = False  # also the sensitivity to T and E: six more trainings a seed
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
-_KNOWN = ("main", "plus", "branches", "iterations", "shots")
+_KNOWN = EXPERIMENTS  # as it stands here, before the command line
 _OTHER = {"implicit": "explicit", "explicit": "implicit"}
 _PLUS = {"RESIDUAL": 0.5, "EVERY_TEXT": True}  # of stage 2: what makes AlignSAM+
 _SHOTS = (5, 20)  # Table 10, beside all 50
