@@ -23,19 +23,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.cache_file import PICTURE, CacheWriter, Layout
-from common.datasets import (
-    Sample,
-    check_samples,
-    draw_shots,
-    list_samples,
-    load_image,
-    load_label_map,
-)
+from common.datasets import draw_shots, list_samples
 from common.frozen.clip_surgery import ClipSurgery
 from common.frozen.clip_weights import load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder
 from common.frozen.sam_weights import load_sam, sam_fingerprint
+from common.images import Sample, load_image
+from common.label_maps import check_samples, load_label_map
 from common.runtime import checkpoint, distributed, files, script, settings
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError

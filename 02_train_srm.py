@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.datasets import IGNORE
 from common.episode import Episode, random_pixels
+from common.label_maps import IGNORE
 from common.results.pictures import plot_curves
 from common.runtime import checkpoint, files, script, settings
 from common.runtime.errors import UserError

@@ -26,8 +26,8 @@ from common.agent import (
     returns,
 )
 from common.cache import TrainingSet
-from common.datasets import IGNORE
 from common.episode import Episode, random_pixels
+from common.label_maps import IGNORE
 from common.metrics import grid_iou
 from common.results.pictures import plot_curves
 from common.runtime import checkpoint, files, script, settings

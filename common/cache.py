@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.cache_file import AGAIN, NOT_COMPARED, SUMMED, binary, open_file, stored_attributes
-from common.datasets import IGNORE
+from common.label_maps import IGNORE
 from common.runtime.errors import UserError
 
 READ = {  # attributes that the other stages read, beside the layout's own

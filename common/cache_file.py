@@ -47,7 +47,7 @@ import h5py
 import numpy as np
 import torch
 
-from common.datasets import IGNORE
+from common.label_maps import IGNORE
 from common.layers import interval_overlaps
 from common.runtime.errors import UserError
 from common.runtime.settings import require_same

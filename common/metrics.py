@@ -19,7 +19,7 @@ from py_sod_metrics import (
 )
 from torch import Tensor
 
-from common.datasets import IGNORE
+from common.label_maps import IGNORE
 from common.runtime.errors import UserError
 
 # {name of a metric of one image: name of its mean over images}

@@ -1,4 +1,4 @@
-"""Every layout in miniature, and the oddities of real picture files."""
+"""Every layout in miniature, and the draw of the training samples."""
 
 from dataclasses import replace
 
@@ -6,69 +6,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.datasets import (
-    Sample,
-    check_samples,
-    draw_shots,
-    image_size,
-    list_samples,
-    load_image,
-    load_label_map,
-    untrainable,
-)
+from common.datasets import draw_shots, list_samples
+from common.images import load_image
+from common.label_maps import load_label_map
 from common.runtime.errors import UserError
 from common.standin import scenes
 from common.tasks import TASKS, get_task, with_prompt
-
-# VOC's first four colours, then grey
-PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [90] * 756
-LAYOUTS = {  # (split, folder of the images, folder of the masks)
-    "sbu": [("train", "SBUTrain4KRecoveredSmall/ShadowImages",
-             "SBUTrain4KRecoveredSmall/ShadowMasks"),
-            ("test", "SBU-Test/ShadowImages", "SBU-Test/ShadowMasks")],
-    "msd": [("train", "train/image", "train/mask"), ("test", "test/image", "test/mask")],
-    "duts": [("train", "DUTS-TR/DUTS-TR-Image", "DUTS-TR/DUTS-TR-Mask"),
-             ("test", "DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask")],
-    "folder": [("train", "train/images", "train/masks"), ("test", "test/images", "test/masks")],
-}
-VOC = "VOCdevkit/VOC2012"
-
-
-def task_of(name):
-    return get_task(name, prompt="dog" if name == "folder" else "")
-
-
-def save(path, values, **options):
-    """Writes a picture with Pillow's `options`. values: an array, or an Image."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = values if isinstance(values, Image.Image) else Image.fromarray(values)
-    picture.save(path, **options)
-    return path
-
-
-def half(height=6, width=8, top=255):
-    """A mask whose left half is foreground."""
-    mask = np.zeros((height, width), np.uint8)
-    mask[:, : width // 2] = top
-    return mask
-
-
-def picture(height=6, width=8, value=90):
-    return np.full((height, width, 3), value, np.uint8)
-
-
-def pair(images, masks, name):
-    """Writes an image and its mask into two folders."""
-    save(images / f"{name}.jpg", picture())
-    save(masks / f"{name}.png", half())
-
-
-def make(root, name):
-    """A data set of that layout with two samples in each split."""
-    for split, images, masks in LAYOUTS[name]:
-        for stem in ("b", "a"):
-            pair(root / images, root / masks, f"{split}_{stem}")
-    return root
+from tests.small_data import (
+    LAYOUTS,
+    VOC,
+    half,
+    label_map_of,
+    make,
+    make_voc,
+    pair,
+    palette_mask,
+    picture,
+    save,
+    task_of,
+)
 
 
 def make_cuhk(root, count):
@@ -80,42 +36,8 @@ def make_cuhk(root, count):
     return root
 
 
-def palette_mask(indices):
-    mask = Image.fromarray(np.asarray(indices, np.uint8))
-    mask.putpalette(PALETTE)
-    return mask
-
-
-def make_voc(root, train=("c", "a"), test=("b",), unlisted=("unlisted",)):
-    """A VOC with these samples in its lists, and images that are in no list."""
-    for name in (*train, *test):
-        save(root / VOC / "JPEGImages" / f"{name}.jpg", picture(2, 4))
-        save(root / VOC / "SegmentationClass" / f"{name}.png",
-             palette_mask([[0, 1, 2, 255], [0, 0, 20, 255]]))
-    for name in unlisted:
-        save(root / VOC / "JPEGImages" / f"{name}.jpg", picture(2, 4))
-    lists = root / VOC / "ImageSets" / "Segmentation"
-    lists.mkdir(parents=True)
-    (lists / "train.txt").write_text("\n".join(train) + "\n")
-    (lists / "val.txt").write_text("\r\n".join(test) + "\r\n")
-    return root
-
-
 def names(samples, split):
     return [sample.name for sample in samples if sample.split == split]
-
-
-def one(tmp_path, image=None, mask=None, exif=b"", mask_name="x.png"):
-    """A sample whose files are written here: an image and a mask (arrays or Images)."""
-    image = picture() if image is None else image
-    mask = half() if mask is None else mask
-    image_file = save(tmp_path / "images" / "x.jpg", image, exif=exif)
-    mask_file = save(tmp_path / "masks" / mask_name, mask)
-    return Sample("x", image_file, mask_file, "train")
-
-
-def label_map_of(sample, task="folder"):
-    return load_label_map(sample, task_of(task), load_image(sample.image).shape[:2])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -335,284 +257,6 @@ def test_two_images_that_share_one_mask_are_named(tmp_path):
         list_samples(task_of("folder"), tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_grey_and_cmyk_jpegs_come_out_as_rgb(tmp_path, mode):
-    colour = {"L": 128, "RGB": (200, 30, 60), "CMYK": (55, 225, 195, 0)}[mode]
-    path = save(tmp_path / "x.jpg", Image.new(mode, (16, 8), colour), quality=95)
-    image = load_image(path)
-    expected = (128, 128, 128) if mode == "L" else (200, 30, 60)
-    assert image.shape == (8, 16, 3) and image.dtype == np.uint8
-    assert np.abs(image.astype(int) - expected).max() <= 6  # JPEG's loss
-
-
-def test_palette_and_16_bit_pngs_come_out_as_rgb(tmp_path):
-    path = save(tmp_path / "palette.png", palette_mask([[0, 1], [2, 3]]))
-    colours = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
-    assert load_image(path).reshape(4, 3).tolist() == colours
-    path = save(tmp_path / "deep.png", np.array([[0, 0x8000, 0xFFFF]], np.uint16))
-    assert load_image(path)[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
-
-
-def test_floats_and_few_bits_in_16_are_refused_by_name_and_true_16_bits_are_not(tmp_path):
-    bright = np.full((6, 8), 4096, np.uint16)
-    assert load_image(save(tmp_path / "16.png", bright)).tolist() == picture(value=16).tolist()
-    assert load_image(save(tmp_path / "8.png", half().astype(np.uint16))).max() == 255
-    twelve_bits = bright - 1
-    for name, values in (("12.png", twelve_bits), ("12.tif", twelve_bits.astype(np.int32)),
-                         ("float.tif", bright.astype(np.float32) / 4096)):
-        path = save(tmp_path / name, values)
-        with pytest.raises(UserError, match=rf"{path} .*: save it with 8 bits a channel"):
-            load_image(path)
-    with pytest.raises(UserError, match=r"masks/x\.png .* end at 4095"):
-        label_map_of(one(tmp_path, mask=twelve_bits))
-
-
-# Where the stored top left corner is seen, by EXIF 2.3's table of orientations.
-SEEN_AT = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0),
-           5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
-
-
-def photograph(orientation):
-    """16 x 48 stored pixels whose top left 8 x 8 are white, and the EXIF to save them with."""
-    stored = np.zeros((16, 48), np.uint8)
-    stored[:8, :8] = 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return stored, exif
-
-
-def seen(orientation):
-    """The label map of a photograph's white corner as it is viewed."""
-    label_map = np.zeros((48, 16) if orientation >= 5 else (16, 48), np.uint8)
-    edge = {0: slice(None, 8), -1: slice(-8, None)}  # the 8 pixels at either end of a side
-    row, column = SEEN_AT[orientation]
-    label_map[edge[row], edge[column]] = 1
-    return label_map
-
-
-@pytest.mark.parametrize("extension", ["jpg", "png"])
-@pytest.mark.parametrize("orientation", SEEN_AT)
-def test_photographs_are_turned_as_exif_says(tmp_path, orientation, extension):
-    stored, exif = photograph(orientation)
-    path = save(tmp_path / f"x.{extension}", stored, exif=exif)
-    image = load_image(path)
-    assert ((image[..., 0] > 127) == seen(orientation)).all()
-    assert image_size(path) == image.shape[:2] == seen(orientation).shape
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("orientation", SEEN_AT)
-def test_a_mask_of_the_viewed_photograph_is_left_as_it_is(tmp_path, orientation, scale):
-    stored, exif = photograph(orientation)
-    mask = 255 * seen(orientation).repeat(scale, 0).repeat(scale, 1)
-    sample = one(tmp_path, stored, mask, exif)
-    assert (label_map_of(sample) == seen(orientation)).all()
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_a_mask_of_the_stored_pixels_is_turned_with_its_photograph(tmp_path, orientation, scale):
-    stored, exif = photograph(orientation)
-    sample = one(tmp_path, stored, stored.repeat(scale, 0).repeat(scale, 1), exif)
-    assert (label_map_of(sample) == seen(orientation)).all()
-
-
-def test_a_nearly_square_mask_of_the_stored_pixels_is_still_turned(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # seen a quarter turn clockwise
-    sample = one(tmp_path, picture(100, 101), half(100, 101), exif)
-    label_map = label_map_of(sample)
-    assert label_map.shape == (101, 100)
-    assert label_map[:50].all() and not label_map[51:].any()
-
-
-def test_a_mask_of_a_square_photograph_is_taken_as_viewed(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    sample = one(tmp_path, picture(8, 8), half(8, 8), exif)
-    assert label_map_of(sample).tolist() == half(8, 8, top=1).tolist()
-
-
-def test_the_size_is_read_from_the_header_of_a_jpeg(tmp_path, monkeypatch):
-    path = save(tmp_path / "x.jpg", picture(30, 40))
-    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load",
-                        lambda self: pytest.fail("decoded"))
-    assert image_size(path) == (30, 40)
-
-
-@pytest.mark.parametrize("read", [load_image, image_size])
-@pytest.mark.parametrize("content", [b"", b"not a picture"])
-def test_a_file_that_is_no_picture_is_named(tmp_path, read, content):
-    path = tmp_path / "broken.jpg"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.jpg"):
-        read(path)
-
-
-@pytest.mark.parametrize("extension", ["jpg", "png"])
-def test_a_truncated_image_is_named(tmp_path, extension):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    path = save(tmp_path / f"short.{extension}", noise)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match=rf"short\.{extension}"):
-        load_image(path)
-
-
-def bilevel():
-    return Image.fromarray(half()).convert("1")
-
-
-def grey_palette():
-    mask = Image.fromarray(half(top=1))
-    mask.putpalette([0, 0, 0, 255, 255, 255])
-    return mask
-
-
-@pytest.mark.parametrize("mask", [
-    pytest.param(half(), id="255"),
-    pytest.param(half(top=128), id="128"),
-    pytest.param(half(top=1), id="0 and 1"),
-    pytest.param(half().repeat(3).reshape(6, 8, 3), id="RGB"),
-    pytest.param(bilevel(), id="1 bit"),
-    pytest.param(grey_palette(), id="palette"),
-    pytest.param(half().astype(np.uint16) * 257, id="16 bit"),
-    pytest.param(half(top=1).astype(np.uint16), id="16 bit, 0 and 1"),
-])
-def test_binary_masks_of_any_mode_are_read(tmp_path, mask):
-    label_map = label_map_of(one(tmp_path, mask=mask))
-    assert label_map.dtype == np.uint8
-    assert label_map.tolist() == half(top=1).tolist()
-
-
-def test_grey_levels_up_to_127_on_an_outline_are_background(tmp_path):
-    mask = half(60, 80)
-    mask[0, 40], mask[0, 41] = 127, 128
-    expected = half(60, 80, top=1)
-    expected[0, 41] = 1
-    sample = one(tmp_path, mask=mask, image=picture(60, 80))
-    assert label_map_of(sample).tolist() == expected.tolist()
-
-
-def ringed():
-    mask = half(top=1)
-    mask[:, 3] = 255
-    return mask
-
-
-@pytest.mark.parametrize("white", [True, False])
-def test_255_beside_0_and_1_is_ignored(tmp_path, white):
-    task = replace(task_of("folder"), white_is_foreground=white)
-    sample = one(tmp_path, mask=ringed())
-    label_map = load_label_map(sample, task, (6, 8))
-    assert label_map[0].tolist() == ([1, 1, 1, 255, 0, 0, 0, 0] if white
-                                     else [0, 0, 0, 255, 1, 1, 1, 1])
-
-
-def test_a_dark_palette_colour_on_black_is_foreground(tmp_path):
-    mask = Image.fromarray(half(top=1))
-    mask.putpalette([0, 0, 0, 128, 0, 0])  # the red that labelme writes
-    assert label_map_of(one(tmp_path, mask=mask)).tolist() == half(top=1).tolist()
-
-
-def two_colours():
-    mask = np.zeros((6, 8, 3), np.uint8)
-    mask[:, :2], mask[:, 2:4] = (0, 128, 0), (255, 255, 0)
-    return mask
-
-
-def dark_on_yellow():
-    mask = np.full((6, 8, 3), (255, 255, 0), np.uint8)
-    mask[:, :4] = (0, 0, 160)
-    return mask
-
-
-def white_with_alpha():
-    mask = np.full((6, 8, 4), 255, np.uint8)
-    mask[..., 3] = half()
-    return mask
-
-
-@pytest.mark.parametrize("mask, said", [
-    (two_colours(), "holds more than black and white .*75, 226"),
-    (dark_on_yellow(), "has no black, its darkest level is 18"),
-    (white_with_alpha(), "has its shape in its transparency"),
-])
-def test_a_mask_that_is_not_white_on_black_is_refused_and_not_guessed(tmp_path, mask, said):
-    with pytest.raises(UserError, match=rf"x\.png {said}"):
-        label_map_of(one(tmp_path, mask=mask))
-
-
-def test_transparency_that_says_the_same_as_the_colours_is_no_fault(tmp_path):
-    mask = np.repeat(half()[..., None], 4, 2)
-    assert label_map_of(one(tmp_path, mask=mask)).tolist() == half(top=1).tolist()
-
-
-def test_a_binary_mask_that_holds_class_numbers_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"x\.png end at 15"):
-        label_map_of(one(tmp_path, mask=half(top=15)))
-
-
-@pytest.mark.parametrize("top", [1, 3])
-def test_the_noise_of_an_empty_jpeg_mask_is_background(tmp_path, top):
-    mask = np.full((16, 16), top, np.uint8)
-    sample = one(tmp_path, mask=mask, image=picture(16, 16), mask_name="x.jpg")
-    assert load_image(sample.mask).max() == top  # what JPEG itself makes of it
-    assert not label_map_of(sample).any()
-
-
-def test_voc_masks_are_read_as_indices_with_255_kept(tmp_path):
-    sample = list_samples(get_task("voc"), make_voc(tmp_path))[0]
-    with Image.open(sample.mask) as stored:
-        assert stored.mode == "P"
-    assert label_map_of(sample, "voc").tolist() == [[0, 1, 2, 255], [0, 0, 20, 255]]
-
-
-def test_an_index_beyond_the_classes_is_named_with_its_file(tmp_path):
-    sample = list_samples(get_task("voc"), make_voc(tmp_path))[0]
-    with pytest.raises(UserError, match=r"a\.png holds the index 20,.* 1 to 6"):
-        label_map_of(sample, "demo_semantic")
-
-
-def test_a_voc_mask_saved_as_colours_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"x\.png holds RGB pixels"):
-        label_map_of(one(tmp_path, mask=picture()), "voc")
-
-
-def test_a_mask_of_another_size_is_resized_to_the_nearest_label(tmp_path):
-    mask = np.array([[0, 1, 20], [255, 2, 0]], np.uint8)
-    label_map = label_map_of(one(tmp_path, picture(4, 6), palette_mask(mask)), "voc")
-    assert label_map.tolist() == mask.repeat(2, 0).repeat(2, 1).tolist()
-
-
-@pytest.mark.parametrize("width, fits", [(985, True), (1015, True), (975, False), (1025, False)])
-def test_a_mask_may_differ_from_its_images_aspect_by_2_percent(tmp_path, width, fits):
-    sample = one(tmp_path, picture(200, 200), half(1000, width))
-    if fits:
-        assert label_map_of(sample).shape == (200, 200)
-    else:
-        with pytest.raises(UserError, match=rf"x\.png is {width} x 1000, .* x\.jpg of 200 x 200"):
-            label_map_of(sample)
-
-
-def test_a_mask_that_is_no_picture_is_named(tmp_path):
-    sample = one(tmp_path)
-    sample.mask.write_text("polygons")
-    with pytest.raises(UserError, match=r"x\.png"):
-        label_map_of(sample)
-
-
-@pytest.mark.parametrize("label_map, state", [
-    ([[0, 0]], "empty"), ([[1, 1]], "full"), ([[0, 255]], "empty"), ([[3, 255]], "full"),
-    ([[255, 255]], "empty")])
-def test_an_empty_or_a_full_training_mask_cannot_be_trained_on(label_map, state):
-    assert untrainable(np.array(label_map, np.uint8)).startswith(state)
-
-
-@pytest.mark.parametrize("label_map", [[[0, 1]], [[2, 3]], [[0, 255, 20]]])
-def test_a_mask_with_something_and_something_else_can_be_trained_on(label_map):
-    assert untrainable(np.array(label_map, np.uint8)) is None
-
-
 def test_the_papers_tasks_have_the_papers_texts_and_branches():
     told = {task.name: (task.texts, task.branch) for task in TASKS if task.paper}
     classes, branch = told.pop("voc")
@@ -728,22 +372,6 @@ def test_tiff_and_gif_pairs_belong_to_a_data_set(tmp_path, ending):
     sample = {sample.name: sample for sample in list_samples(task_of("folder"), root)}["new"]
     assert sample.image.suffix == f".{ending}"
     assert label_map_of(sample, "folder").tolist() == half(top=1).tolist()
-
-
-def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tmp_path):
-    root = make(tmp_path, "folder")
-    samples = list_samples(task_of("folder"), root)
-    assert check_samples(samples, task_of("folder")) == [(6, 8)] * 4
-    for sample in samples[1:3]:
-        Image.fromarray(half(top=15)).save(sample.mask)
-    with pytest.raises(UserError) as error:
-        check_samples(samples, task_of("folder"))
-    assert all(f"{sample.mask} end at 15" in str(error.value) for sample in samples[1:3])
-    for number in range(12):
-        pair(root / "test/images", root / "test/masks", f"bad{number:02}")
-        Image.fromarray(half(top=15)).save(root / f"test/masks/bad{number:02}.png")
-    with pytest.raises(UserError, match="; and 4 more$"):
-        check_samples(list_samples(task_of("folder"), root), task_of("folder"))
 
 
 def test_a_data_set_unpacked_one_folder_too_deep_is_found_and_said(tmp_path, capsys):

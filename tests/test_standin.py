@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from scipy import ndimage
 
-from common.datasets import list_samples, load_image, load_label_map
+from common.datasets import list_samples
+from common.images import load_image
+from common.label_maps import load_label_map
 from common.standin import model, scenes
 from common.standin.training import auxiliary
 from common.standin.training.store import draw_small

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common.datasets import load_image
 from common.episode import Episode
 from common.frozen.clip_surgery import ClipSurgery
 from common.frozen.clip_weights import load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder, full_masks
 from common.frozen.sam_weights import load_sam, sam_fingerprint
+from common.images import load_image
 from common.results.pictures import draw_points, overlay
 from common.runtime import checkpoint, script
 from common.runtime.batches import in_batches

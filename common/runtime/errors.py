@@ -6,3 +6,9 @@ class UserError(Exception):
 
     Scripts print it without a traceback and exit with status 1 (see `common.runtime.script.run`).
     """
+
+
+def some(names: list[str]) -> str:
+    """The first ten of the names, for a message."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more

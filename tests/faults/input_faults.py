@@ -27,9 +27,11 @@ from PIL import Image
 
 from common.agent import Actor, Critic, Learner
 from common.cache import Cache
-from common.datasets import Sample, image_size, load_image, load_label_map, read_list
+from common.datasets import read_list
 from common.episode import patch_centres
 from common.frozen.sam_weights import load_sam
+from common.images import Sample, image_size, load_image
+from common.label_maps import load_label_map
 from common.results import tables
 from common.runtime import checkpoint
 from common.runtime.errors import UserError

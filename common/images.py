@@ -1,0 +1,86 @@
+"""Pictures on disk: how they are opened, turned and converted, whatever their format."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from common.runtime.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")  # in any case
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations whose view swaps height and width
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its mask; `name` is the stem of both files, unique within a split."""
+
+    name: str
+    image: Path
+    mask: Path
+    split: Literal["train", "test"]
+
+
+def load_image(path: Path) -> np.ndarray:
+    """The picture as uint8 (H, W, 3) RGB, turned as its EXIF data say.
+
+    Grey, palette, CMYK and 16-bit pictures are converted, and alpha is dropped.
+    Raises UserError naming a file that cannot be read, or whose brightest value is not known.
+    """
+    with opened(path) as picture:
+        return as_array(ImageOps.exif_transpose(picture), "RGB", path)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(H, W) of what `load_image` returns, without decoding a JPEG.
+
+    Pillow reads a PNG to its end to find the EXIF data. Raises UserError naming a file that cannot
+    be read.
+    """
+    with opened(path) as picture:
+        width, height = picture.size
+        return (width, height) if orientation_of(picture) in QUARTER_TURNS else (height, width)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The picture at `path`; raises UserError, naming it, if it cannot be opened or decoded."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except UserError:
+        raise
+    except Exception as error:  # on a broken file Pillow's decoders raise nearly anything
+        raise UserError(f"cannot read {path} as a picture ({error}): replace it, or remove it, and "
+                        "the mask or image that belongs to it if there is one") from error
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 is upright."""
+    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def as_array(picture: Image.Image, mode: Literal["RGB", "L"], path: Path) -> np.ndarray:
+    """uint8 array in that mode of the picture in `path`.
+
+    16-bit pictures keep their upper byte, unless all their values fit into the lower one (Pillow
+    itself would clip them to white). Raises UserError for floats, and for 10 or 12 bits stored in
+    16: these files do not say which value is white, and by either rule they would be black.
+    """
+    if picture.mode == "F":
+        raise UserError(f"{path} holds floating-point numbers, which have no known white: save it "
+                        "with 8 bits a channel")
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        top = values.max()
+        if 255 < top < 2**12:
+            raise UserError(f"{path} has 16 bits or more and its values end at {top}, so that it "
+                            "would be read as black: save it with 8 bits a channel")
+        values = values if top <= 255 else values // 256
+        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return np.array(picture.convert(mode))
+

@@ -1,0 +1,231 @@
+"""Masks as people and tools write them, and the label maps read from them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.datasets import list_samples
+from common.images import load_image
+from common.label_maps import check_samples, load_label_map, untrainable
+from common.runtime.errors import UserError
+from common.tasks import get_task
+from tests.small_data import (
+    SEEN_AT,
+    half,
+    label_map_of,
+    make,
+    make_voc,
+    one,
+    pair,
+    palette_mask,
+    photograph,
+    picture,
+    seen,
+    task_of,
+)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("orientation", SEEN_AT)
+def test_a_mask_of_the_viewed_photograph_is_left_as_it_is(tmp_path, orientation, scale):
+    stored, exif = photograph(orientation)
+    mask = 255 * seen(orientation).repeat(scale, 0).repeat(scale, 1)
+    sample = one(tmp_path, stored, mask, exif)
+    assert (label_map_of(sample) == seen(orientation)).all()
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_mask_of_the_stored_pixels_is_turned_with_its_photograph(tmp_path, orientation, scale):
+    stored, exif = photograph(orientation)
+    sample = one(tmp_path, stored, stored.repeat(scale, 0).repeat(scale, 1), exif)
+    assert (label_map_of(sample) == seen(orientation)).all()
+
+
+def test_a_nearly_square_mask_of_the_stored_pixels_is_still_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # seen a quarter turn clockwise
+    sample = one(tmp_path, picture(100, 101), half(100, 101), exif)
+    label_map = label_map_of(sample)
+    assert label_map.shape == (101, 100)
+    assert label_map[:50].all() and not label_map[51:].any()
+
+
+def test_a_mask_of_a_square_photograph_is_taken_as_viewed(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sample = one(tmp_path, picture(8, 8), half(8, 8), exif)
+    assert label_map_of(sample).tolist() == half(8, 8, top=1).tolist()
+
+
+def bilevel():
+    return Image.fromarray(half()).convert("1")
+
+
+def grey_palette():
+    mask = Image.fromarray(half(top=1))
+    mask.putpalette([0, 0, 0, 255, 255, 255])
+    return mask
+
+
+@pytest.mark.parametrize("mask", [
+    pytest.param(half(), id="255"),
+    pytest.param(half(top=128), id="128"),
+    pytest.param(half(top=1), id="0 and 1"),
+    pytest.param(half().repeat(3).reshape(6, 8, 3), id="RGB"),
+    pytest.param(bilevel(), id="1 bit"),
+    pytest.param(grey_palette(), id="palette"),
+    pytest.param(half().astype(np.uint16) * 257, id="16 bit"),
+    pytest.param(half(top=1).astype(np.uint16), id="16 bit, 0 and 1"),
+])
+def test_binary_masks_of_any_mode_are_read(tmp_path, mask):
+    label_map = label_map_of(one(tmp_path, mask=mask))
+    assert label_map.dtype == np.uint8
+    assert label_map.tolist() == half(top=1).tolist()
+
+
+def test_grey_levels_up_to_127_on_an_outline_are_background(tmp_path):
+    mask = half(60, 80)
+    mask[0, 40], mask[0, 41] = 127, 128
+    expected = half(60, 80, top=1)
+    expected[0, 41] = 1
+    sample = one(tmp_path, mask=mask, image=picture(60, 80))
+    assert label_map_of(sample).tolist() == expected.tolist()
+
+
+def ringed():
+    mask = half(top=1)
+    mask[:, 3] = 255
+    return mask
+
+
+@pytest.mark.parametrize("white", [True, False])
+def test_255_beside_0_and_1_is_ignored(tmp_path, white):
+    task = replace(task_of("folder"), white_is_foreground=white)
+    sample = one(tmp_path, mask=ringed())
+    label_map = load_label_map(sample, task, (6, 8))
+    assert label_map[0].tolist() == ([1, 1, 1, 255, 0, 0, 0, 0] if white
+                                     else [0, 0, 0, 255, 1, 1, 1, 1])
+
+
+def test_a_dark_palette_colour_on_black_is_foreground(tmp_path):
+    mask = Image.fromarray(half(top=1))
+    mask.putpalette([0, 0, 0, 128, 0, 0])  # the red that labelme writes
+    assert label_map_of(one(tmp_path, mask=mask)).tolist() == half(top=1).tolist()
+
+
+def two_colours():
+    mask = np.zeros((6, 8, 3), np.uint8)
+    mask[:, :2], mask[:, 2:4] = (0, 128, 0), (255, 255, 0)
+    return mask
+
+
+def dark_on_yellow():
+    mask = np.full((6, 8, 3), (255, 255, 0), np.uint8)
+    mask[:, :4] = (0, 0, 160)
+    return mask
+
+
+def white_with_alpha():
+    mask = np.full((6, 8, 4), 255, np.uint8)
+    mask[..., 3] = half()
+    return mask
+
+
+@pytest.mark.parametrize("mask, said", [
+    (two_colours(), "holds more than black and white .*75, 226"),
+    (dark_on_yellow(), "has no black, its darkest level is 18"),
+    (white_with_alpha(), "has its shape in its transparency"),
+])
+def test_a_mask_that_is_not_white_on_black_is_refused_and_not_guessed(tmp_path, mask, said):
+    with pytest.raises(UserError, match=rf"x\.png {said}"):
+        label_map_of(one(tmp_path, mask=mask))
+
+
+def test_transparency_that_says_the_same_as_the_colours_is_no_fault(tmp_path):
+    mask = np.repeat(half()[..., None], 4, 2)
+    assert label_map_of(one(tmp_path, mask=mask)).tolist() == half(top=1).tolist()
+
+
+def test_a_binary_mask_that_holds_class_numbers_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"x\.png end at 15"):
+        label_map_of(one(tmp_path, mask=half(top=15)))
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_the_noise_of_an_empty_jpeg_mask_is_background(tmp_path, top):
+    mask = np.full((16, 16), top, np.uint8)
+    sample = one(tmp_path, mask=mask, image=picture(16, 16), mask_name="x.jpg")
+    assert load_image(sample.mask).max() == top  # what JPEG itself makes of it
+    assert not label_map_of(sample).any()
+
+
+def test_voc_masks_are_read_as_indices_with_255_kept(tmp_path):
+    sample = list_samples(get_task("voc"), make_voc(tmp_path))[0]
+    with Image.open(sample.mask) as stored:
+        assert stored.mode == "P"
+    assert label_map_of(sample, "voc").tolist() == [[0, 1, 2, 255], [0, 0, 20, 255]]
+
+
+def test_an_index_beyond_the_classes_is_named_with_its_file(tmp_path):
+    sample = list_samples(get_task("voc"), make_voc(tmp_path))[0]
+    with pytest.raises(UserError, match=r"a\.png holds the index 20,.* 1 to 6"):
+        label_map_of(sample, "demo_semantic")
+
+
+def test_a_voc_mask_saved_as_colours_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"x\.png holds RGB pixels"):
+        label_map_of(one(tmp_path, mask=picture()), "voc")
+
+
+def test_a_mask_of_another_size_is_resized_to_the_nearest_label(tmp_path):
+    mask = np.array([[0, 1, 20], [255, 2, 0]], np.uint8)
+    label_map = label_map_of(one(tmp_path, picture(4, 6), palette_mask(mask)), "voc")
+    assert label_map.tolist() == mask.repeat(2, 0).repeat(2, 1).tolist()
+
+
+@pytest.mark.parametrize("width, fits", [(985, True), (1015, True), (975, False), (1025, False)])
+def test_a_mask_may_differ_from_its_images_aspect_by_2_percent(tmp_path, width, fits):
+    sample = one(tmp_path, picture(200, 200), half(1000, width))
+    if fits:
+        assert label_map_of(sample).shape == (200, 200)
+    else:
+        with pytest.raises(UserError, match=rf"x\.png is {width} x 1000, .* x\.jpg of 200 x 200"):
+            label_map_of(sample)
+
+
+def test_a_mask_that_is_no_picture_is_named(tmp_path):
+    sample = one(tmp_path)
+    sample.mask.write_text("polygons")
+    with pytest.raises(UserError, match=r"x\.png"):
+        label_map_of(sample)
+
+
+@pytest.mark.parametrize("label_map, state", [
+    ([[0, 0]], "empty"), ([[1, 1]], "full"), ([[0, 255]], "empty"), ([[3, 255]], "full"),
+    ([[255, 255]], "empty")])
+def test_an_empty_or_a_full_training_mask_cannot_be_trained_on(label_map, state):
+    assert untrainable(np.array(label_map, np.uint8)).startswith(state)
+
+
+@pytest.mark.parametrize("label_map", [[[0, 1]], [[2, 3]], [[0, 255, 20]]])
+def test_a_mask_with_something_and_something_else_can_be_trained_on(label_map):
+    assert untrainable(np.array(label_map, np.uint8)) is None
+
+
+def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tmp_path):
+    root = make(tmp_path, "folder")
+    samples = list_samples(task_of("folder"), root)
+    assert check_samples(samples, task_of("folder")) == [(6, 8)] * 4
+    for sample in samples[1:3]:
+        Image.fromarray(half(top=15)).save(sample.mask)
+    with pytest.raises(UserError) as error:
+        check_samples(samples, task_of("folder"))
+    assert all(f"{sample.mask} end at 15" in str(error.value) for sample in samples[1:3])
+    for number in range(12):
+        pair(root / "test/images", root / "test/masks", f"bad{number:02}")
+        Image.fromarray(half(top=15)).save(root / f"test/masks/bad{number:02}.png")
+    with pytest.raises(UserError, match="; and 4 more$"):
+        check_samples(list_samples(task_of("folder"), root), task_of("folder"))
