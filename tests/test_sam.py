@@ -267,7 +267,7 @@ def test_the_width_of_the_weights_tells_the_model_and_a_wrong_name_is_refused(
 
 @pytest.mark.parametrize("prefix", ["", "vit_b:"])
 def test_a_missing_checkpoint_is_named(tmp_path, prefix):
-    with pytest.raises(UserError, match=f"no SAM checkpoint at {tmp_path}/none.pth"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/none.pth does not exist: set SAM to"):
         load_sam(f"{prefix}{tmp_path}/none.pth", CPU)
 
 
@@ -291,7 +291,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, content):
 def test_a_file_that_torch_cannot_read_is_refused(tmp_path):
     torch.save({"image_encoder.pos_embed": torch.zeros(1, 8, 8, 768)}, tmp_path / "whole.pth")
     whole = (tmp_path / "whole.pth").read_bytes()
-    for content in (b"", b"<!DOCTYPE html>", b"hello world", whole[:len(whole) // 2]):
+    for content in (b"<!DOCTYPE html>", b"hello world", whole[:len(whole) // 2]):
         (tmp_path / "broken.pth").write_bytes(content)
         with pytest.raises(UserError, match="broken.pth cannot be read as a PyTorch file"):
             load_sam(f"{tmp_path}/broken.pth", CPU)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common.runtime import distributed
 from common.runtime.errors import UserError
 from common.runtime.files import require_intact
+from common.runtime.reading import reading
 
 META = "https://dl.fbaipublicfiles.com/segment_anything"
 CHECKPOINTS = {  # name: (url, bytes, SHA-256)
@@ -90,13 +91,14 @@ def _unwrapped(content: object) -> object:
 
 def _read(path: Path, compared: bool) -> object:
     """What the checkpoint file holds; no code in it is run. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"there is no SAM checkpoint at {path}: set SAM to the path of a .pth "
-                        f"file, {', '.join(CHECKPOINTS)} or demo")
+    missing = f"set SAM to the path of a checkpoint, {', '.join(CHECKPOINTS)} or demo"
     try:
-        if not compared:
-            require_intact(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with reading(path, missing):
+            if not compared:
+                require_intact(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # which type it is depends on where in the file torch stumbles
         if "GLOBAL" in str(error):
             raise UserError(f"{path} was refused: it holds Python objects, which could run code "
