@@ -47,6 +47,8 @@ import h5py
 import numpy as np
 import torch
 
+from common.frozen.clip_weights import absolute_clip
+from common.frozen.sam_weights import absolute_sam
 from common.label_maps import IGNORE
 from common.layers import interval_overlaps
 from common.open_mark import IN_USE, unmarked
@@ -345,7 +347,10 @@ def _require_same_run(path: Path, file: h5py.File, layout: Layout, made_with: di
     """Raises UserError at the first attribute or array in which the file differs from a new one."""
     new = _attributes(layout, made_with)
     compared = {name: value for name, value in new.items() if name not in NOT_COMPARED}
-    require_same(path, stored_attributes(file), compared, MEND)
+    stored = stored_attributes(file)
+    for name, absolute in (("sam", absolute_sam), ("clip", absolute_clip)):
+        stored[name] = absolute(str(stored.get(name)))  # older caches keep paths as they were given
+    require_same(path, stored, compared, MEND)
     for name, values in _known(layout).items():
         was, now = file[name][:].tolist(), values.tolist()
         if was != now:

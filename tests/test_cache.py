@@ -23,6 +23,7 @@ from common.cache_file import (
     CacheWriter,
     Layout,
     bytes_per_image,
+    create,
     truth_at_centres,
     truth_on_grid,
 )
@@ -226,6 +227,17 @@ def test_another_time_and_other_library_versions_are_no_contradiction(complete):
     later = ATTRIBUTES | {"time": "now", "versions": {"torch": "2.7"}}
     with CacheWriter.open_or_create(complete, LAYOUT, later) as writer:
         assert writer.missing() == []
+
+
+def test_an_older_caches_relative_paths_are_no_contradiction(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("half.pth").touch()
+    old = ATTRIBUTES | {"sam": "half.pth", "clip": "ViT-B-16/half.pth"}
+    new = ATTRIBUTES | {"sam": f"{tmp_path}/half.pth", "clip": f"ViT-B-16/{tmp_path}/half.pth"}
+    create(path, LAYOUT, old)
+    CacheWriter.open_or_create(path, LAYOUT, new).close()
+    with pytest.raises(UserError, match="SAM=.*half.pth, and now it is vit_h"):
+        CacheWriter.open_or_create(path, LAYOUT, new | {"sam": "vit_h"})
 
 
 @pytest.mark.parametrize(

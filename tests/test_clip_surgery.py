@@ -21,7 +21,7 @@ from common.frozen.clip_surgery import (
     single_text_similarity,
     surgery_tokens,
 )
-from common.frozen.clip_weights import load_clip
+from common.frozen.clip_weights import absolute_clip, load_clip
 from common.runtime.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "clip_surgery_golden.npz")
@@ -262,6 +262,15 @@ def test_neither_a_tag_nor_a_file_is_named_with_the_tags_there_are(source):
         UserError, match=rf"^{source} does not exist: name in CLIP .*ViT-B-16-quickgelu \(openai, "
     ):
         load_clip(f"ViT-B-16-quickgelu/{source}", "cpu")
+
+
+def test_a_weights_files_path_is_kept_so_that_other_folders_understand_it(tmp_path, monkeypatch):
+    (tmp_path / "openai").touch()
+    (tmp_path / "mine.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert absolute_clip("ViT-B-16-quickgelu/mine.pt") == f"ViT-B-16-quickgelu/{tmp_path}/mine.pt"
+    for name in ("ViT-B-16-quickgelu/openai", "demo", "ViT-B-16-quickgelu/gone.pt"):
+        assert absolute_clip(name) == name
 
 
 def test_a_model_without_weights_is_named_with_the_tags_there_are():

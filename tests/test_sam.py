@@ -25,7 +25,13 @@ from torch.testing import assert_close
 
 from common.frozen import sam_weights
 from common.frozen.sam import BatchedPrompter, SamEmbedder, full_masks, probability_grid, squash
-from common.frozen.sam_weights import download_checkpoint, load_decoder, load_sam, sam_fingerprint
+from common.frozen.sam_weights import (
+    absolute_sam,
+    download_checkpoint,
+    load_decoder,
+    load_sam,
+    sam_fingerprint,
+)
 from common.runtime.errors import UserError
 from common.standin import model as standin
 
@@ -459,6 +465,16 @@ def test_without_a_network_the_message_says_what_to_put_where(server, tmp_path):
         download_checkpoint("vit_b")
     assert f"{server.url} could not be downloaded" in str(error.value)
     assert f"by hand to {tmp_path}/cache/sam_vit_b.pth." in str(error.value)
+
+
+def test_a_checkpoints_path_is_kept_so_that_other_folders_understand_it(tmp_path, monkeypatch):
+    (tmp_path / "half.pth").touch()
+    (tmp_path / "vit_h").touch()
+    monkeypatch.chdir(tmp_path)
+    assert absolute_sam("half.pth") == f"{tmp_path}/half.pth"
+    assert absolute_sam("vit_b:./half.pth") == f"vit_b:{tmp_path}/half.pth"
+    for name in ("vit_h", "demo", "gone.pth"):
+        assert absolute_sam(name) == name
 
 
 def test_a_decoder_that_never_saw_the_cached_embeddings_is_refused(demo):

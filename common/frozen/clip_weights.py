@@ -62,6 +62,15 @@ def load_clip(name: str,
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
+def absolute_clip(name: str) -> str:
+    """`name` as a cache keeps it: a weights file's path is understood from every folder."""
+    model_name, _, source = name.partition("/")
+    path = Path(source).expanduser()
+    if not path.is_file() or open_clip.get_pretrained_cfg(model_name, source):
+        return name
+    return f"{model_name}/{path.resolve()}"
+
+
 def _model_config(model_name: str) -> dict:
     configs = {known: open_clip.get_model_config(known) for known in open_clip.list_models()}
     if model_name in configs and _is_plain(configs[model_name]):

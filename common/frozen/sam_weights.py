@@ -50,6 +50,16 @@ def load_sam(name: str, device: torch.device) -> Sam:
     return sam.eval().requires_grad_(False).to(device)
 
 
+def absolute_sam(name: str) -> str:
+    """`name` as a cache keeps it: a checkpoint's path is understood from every folder."""
+    size, colon, path = name.partition(":")
+    if not (colon and size in CHECKPOINTS):
+        size, colon, path = "", "", name
+    if name in (*CHECKPOINTS, "demo") or not Path(path).expanduser().is_file():
+        return name
+    return size + colon + str(Path(path).expanduser().resolve())
+
+
 def _load_checkpoint(path: Path, size: str | None, compared: bool = False) -> Sam:
     """The SAM in the file `path`.
 
@@ -201,8 +211,8 @@ def load_decoder(attributes: dict, device: torch.device) -> Sam:
     """
     sam = load_sam(attributes["sam"], torch.device("cpu"))
     if sam_fingerprint(sam) != attributes["sam_fingerprint"]:
-        raise UserError(f"SAM={attributes['sam']} is not the one that made the cache: delete the "
-                        "cache and run 01_cache_features.py again")
+        raise UserError(f"SAM={attributes['sam']} is not the one that made the cache: set SAM to "
+                        "the path of that one, or run all stages in another RUN_DIR")
     sam.image_encoder = Headless(sam.image_encoder.img_size)  # its gigabytes are not needed again
     return sam.to(device)
 
