@@ -7,6 +7,8 @@ Nothing inside SAM or CLIP is ever trained, so neither F = E_I(x) nor M_c ever c
 any moment, the same command goes on where it stopped.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 import importlib.metadata
 import time
 from collections import deque
@@ -25,10 +27,10 @@ from tqdm import tqdm
 from common.cache_file import PICTURE, CacheWriter, Layout
 from common.datasets import draw_shots, list_samples
 from common.frozen.clip_surgery import ClipSurgery
-from common.frozen.clip_weights import load_clip
+from common.frozen.clip_weights import absolute_clip, load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder
-from common.frozen.sam_weights import load_sam, sam_fingerprint
+from common.frozen.sam_weights import absolute_sam, load_sam, sam_fingerprint
 from common.images import Sample, load_image
 from common.label_maps import check_samples, load_label_map
 from common.runtime import checkpoint, distributed, files, script, settings
@@ -93,6 +95,7 @@ def decode_ahead(rows: list[int], images: list[Sample], task: Task,
 def main() -> None:
     settings.positive(globals(), "SHOTS", "IMAGE_SIZE", "PATCH_SIZE", "BATCH_SIZE", "WORKERS")
     settings.not_negative(globals(), "SEED", "CLIP_SIZE")
+    settings.at_most(globals(), 4096, "IMAGE_SIZE", "CLIP_SIZE")
     if SHOTS < 2:
         raise UserError(f"SHOTS={SHOTS} is too few: advantages compare samples, so set 2 or more")
     if IMAGE_SIZE % PATCH_SIZE:
@@ -134,8 +137,9 @@ def main() -> None:
         frame=IMAGE_SIZE, patch=PATCH_SIZE)
     packages = ("torch", "segment_anything", "open_clip_torch")
     made_with = {
-        "task": TASK, "branch": task.branch, "sam": SAM, "sam_fingerprint": sam_fingerprint(sam),
-        "clip": CLIP, "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()),
+        "task": TASK, "branch": task.branch,
+        "sam": absolute_sam(SAM), "sam_fingerprint": sam_fingerprint(sam),
+        "clip": absolute_clip(CLIP), "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()),
         "clip_size": clip_size, "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
         "precision": "bf16" if embedder.bf16 else "fp32",
         **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),
