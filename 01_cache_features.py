@@ -47,7 +47,7 @@ SHOTS = 50  # labelled training samples drawn (paper, section 4)
 SEED = 0  # of that draw
 
 # the frozen models
-SAM = "demo"  # vit_h (the paper's), vit_l, vit_b, a checkpoint's path, or demo (a small stand-in)
+SAM = "demo"  # vit_h (the paper's), vit_l, vit_b, mobile_sam (fast), a checkpoint's path, or demo
 CLIP = "demo"  # an open_clip ViT: name/tag, as ViT-B-16-quickgelu/openai, or name/file; or demo
 CLIP_SIZE = 0  # pixels a side that CLIP sees; 0 = 512 (CLIP Surgery's sharper size), 192 for demo
 IMAGE_SIZE = 800  # every picture is squashed to this square; points live in it (Eq. 3)
@@ -135,7 +135,7 @@ def main() -> None:
         sizes=sizes, texts=task.texts, shots=[(row_of[sample], text) for sample, text in drawn],
         embedding=(sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size),
         frame=IMAGE_SIZE, patch=PATCH_SIZE)
-    packages = ("torch", "segment_anything", "open_clip_torch")
+    packages = ("torch", "segment_anything", "timm", "open_clip_torch")
     made_with = {
         "task": TASK, "branch": task.branch,
         "sam": absolute_sam(SAM), "sam_fingerprint": sam_fingerprint(sam),
@@ -154,7 +154,7 @@ def main() -> None:
     def compute(batch: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:
         return frozen.compute([image.seen for image in batch])
 
-    mend = "choose a smaller SAM (SAM=vit_b is Meta's smallest), PRECISION=bf16 or DEVICE=cpu"
+    mend = "choose a smaller SAM (SAM=mobile_sam is the smallest), PRECISION=bf16 or DEVICE=cpu"
     missing = writer.missing()
     decoded = decode_ahead(distributed.share(missing), images, task, frozen)
     bar = tqdm(desc=f"embedding {TASK}", total=len(images), initial=len(images) - len(missing),

@@ -123,7 +123,7 @@ def test_an_official_architecture_has_the_same_random_weights_every_time(monkeyp
     monkeypatch.setattr(bench, "SAM", "vit_b")
     monkeypatch.setattr(bench, "load_sam", None)  # nothing is loaded
     # the real one takes seconds to build
-    monkeypatch.setitem(bench.sam_model_registry, "vit_b", stand_in)
+    monkeypatch.setitem(bench.ARCHITECTURES, "vit_b", stand_in)
     first, again = (bench.build_sam(torch.device("cpu")).state_dict() for _ in range(2))
     original = stand_in().state_dict()
     name = "mask_decoder.iou_token.weight"

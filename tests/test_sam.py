@@ -4,7 +4,9 @@ import copy
 import hashlib
 import os
 import pickle
+import sys
 import threading
+import types
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from segment_anything import SamPredictor
 from segment_anything.modeling import (
     ImageEncoderViT,
@@ -245,12 +248,108 @@ def test_a_checkpoint_is_loaded_from_a_path_and_frozen(vit_b, vit_b_file, prefix
     assert not sam.training and not any(p.requires_grad for p in sam.parameters())
 
 
-def test_a_checkpoint_that_a_training_script_wrapped_is_unwrapped(vit_b, tmp_path):
-    wrapped = {f"module.{name}": value for name, value in vit_b.state_dict().items()}
-    torch.save({"model": wrapped, "epoch": 3}, tmp_path / "wrapped.pth")
+def in_the_name(prefix: str, weights: dict) -> dict:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def with_an_optimizer(weights: dict) -> dict:
+    """As a training script saves them; AdamW keeps two tensors for each parameter."""
+    state = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    optimizer = {"state": {0: state, 1: state}, "param_groups": [{"lr": 1e-4, "params": [0, 1]}]}
+    return {"model": weights, "optimizer": optimizer, "epoch": 3}
+
+
+def with_a_compiled_encoder(weights: dict) -> dict:
+    return {name.replace("image_encoder.", "image_encoder._orig_mod."): value
+            for name, value in weights.items()}
+
+
+def by_modules(weights: dict) -> dict:
+    parts = {}
+    for name, value in weights.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    return parts
+
+
+def in_itself(weights: dict) -> dict:
+    content = {"model": weights}
+    content["self"] = content
+    return content
+
+
+@pytest.mark.parametrize("wrap", [
+    with_an_optimizer,
+    lambda weights: with_an_optimizer(in_the_name("module.", weights)),
+    lambda weights: {"state_dict": in_the_name("model.sam.", weights)},
+    lambda weights: {"checkpoint": {"net": {"ema": weights}}, "best": torch.tensor(0.5)},
+    lambda weights: in_the_name("module._orig_mod.", weights),
+    lambda weights: in_the_name("sam.", weights) | {"head.weight": torch.zeros(2)},
+    with_a_compiled_encoder,
+    by_modules,
+    in_itself,
+], ids=["optimizer", "parallel", "lightning", "deep", "compiled", "beside-a-head", "encoder-alone",
+        "modules", "endless"])
+def test_a_checkpoint_that_a_training_script_wrapped_is_unwrapped(tiny, monkeypatch, tmp_path,
+                                                                  wrap):
+    empty = copy.deepcopy(tiny)
+    for weight in empty.state_dict().values():
+        weight.zero_()
+    monkeypatch.setitem(sam_weights.ARCHITECTURES, "vit_b", lambda: empty)
+    monkeypatch.setitem(sam_weights.SIZE_OF_WIDTH, 32, "vit_b")
+    torch.save(wrap(dict(tiny.state_dict())), tmp_path / "wrapped.pth")
     sam = load_sam(str(tmp_path / "wrapped.pth"), CPU)
-    assert_close(sam.state_dict(), vit_b.state_dict(), atol=0, rtol=0)
-    (tmp_path / "wrapped.pth").unlink()  # 375 MB
+    assert_close(sam.state_dict(), tiny.state_dict(), atol=0, rtol=0)
+
+
+def test_a_safetensors_file_is_read(vit_b, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    save_file(vit_b.state_dict(), path)
+    assert_close(load_sam(str(path), CPU).state_dict(), vit_b.state_dict(), atol=0, rtol=0)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="mine.safetensors cannot be read"):
+        load_sam(str(path), CPU)
+    path.unlink()
+
+
+@pytest.mark.parametrize("key, model", [
+    ("detector.backbone.vision_backbone.trunk.patch_embed.proj.weight", "SAM 3"),
+    ("detector_model.vision_encoder.backbone.embeddings.patch_embeddings.projection.weight",
+     "SAM 3"),
+    ("sam_mask_decoder.iou_token.weight", "SAM 2"),
+    ("vision_encoder.backbone.patch_embed.projection.weight", "SAM 2"),
+    ("mask_decoder.hf_token.weight", "HQ-SAM"),
+    ("mask_decoder.hq_token.weight", "HQ-SAM"),
+    ("prompt_encoder.bbox_top_left_embeddings.weight", "EfficientSAM"),
+    ("image_encoder.blocks.0.Adapter.channel.0.weight", "SAM-Med2D or another SAM with adapters"),
+    ("image_encoder.blocks.0.MLP_Adapter.D_fc1.weight", "SAM-Med2D or another SAM with adapters"),
+    ("model.22.proto.cv1.conv.weight", "FastSAM, a YOLO"),
+    ("shared_image_embedding.positional_embedding", "a SAM under Hugging Face's key names"),
+])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_another_model_of_the_family_is_refused_by_name(tmp_path, prefix, key, model):
+    weights = {key: torch.zeros(1), "image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}
+    torch.save({"model": in_the_name(prefix, weights)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=f"other.pth holds {model}.* is not read here: set SAM to "
+                                        "vit_h, vit_l, vit_b, mobile_sam or the path"):
+        load_sam(str(tmp_path / "other.pth"), CPU)
+
+
+def test_sam_3_which_holds_a_sam_2_is_called_sam_3(tmp_path):
+    torch.save({"tracker.sam_mask_decoder.iou_token.weight": torch.zeros(1),
+                "detector.backbone.text.weight": torch.zeros(1)}, tmp_path / "sam3.pt")
+    with pytest.raises(UserError, match="sam3.pt holds SAM 3"):
+        load_sam(str(tmp_path / "sam3.pt"), CPU)
+
+
+def test_a_yolo_that_was_pickled_whole_is_refused_by_name(tmp_path, monkeypatch):
+    for name in ("ultralytics", "ultralytics.nn", "ultralytics.nn.tasks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    network = type("SegmentationModel", (), {"__module__": "ultralytics.nn.tasks"})
+    sys.modules["ultralytics.nn.tasks"].SegmentationModel = network
+    torch.save({"model": network(), "epoch": -1}, tmp_path / "FastSAM-s.pt")
+    with pytest.raises(UserError, match="FastSAM-s.pt holds FastSAM or another YOLO"):
+        load_sam(str(tmp_path / "FastSAM-s.pt"), CPU)
 
 
 def test_the_stand_in_is_loaded_and_frozen(demo):
@@ -280,7 +379,7 @@ def test_a_missing_checkpoint_is_named(tmp_path, prefix):
 def test_a_checkpoint_with_missing_weights_is_refused(tmp_path):
     torch.save({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}, tmp_path / "part.pth")
     with pytest.raises(
-        UserError, match="part.pth does not fit segment_anything's vit_b .*Missing key"
+        UserError, match="part.pth does not fit vit_b .*Missing key"
     ):
         load_sam(f"{tmp_path}/part.pth", CPU)
 
@@ -453,7 +552,7 @@ def test_a_damaged_file_put_there_by_hand_is_refused_but_kept(server, tmp_path, 
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "sam_vit_b.pth").write_bytes(content)
     with pytest.raises(
-        UserError, match="cache/sam_vit_b.pth is not Meta's vit_b checkpoint or is cut off"
+        UserError, match="cache/sam_vit_b.pth is not the published vit_b checkpoint or is cut off"
     ):
         download_checkpoint("vit_b")
     assert cached(tmp_path) == {"sam_vit_b.pth": content}

@@ -1,4 +1,4 @@
-"""Loading SAM: Meta's checkpoints, downloaded once and checked, or a file, or the stand-in."""
+"""Loading SAM: published checkpoints, downloaded once and checked, or a file, or the stand-in."""
 
 import hashlib
 import http.client
@@ -7,16 +7,19 @@ import urllib.request
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from tqdm import tqdm
 
+from common.frozen import mobile_sam
 from common.runtime import distributed
 from common.runtime.errors import UserError
 from common.runtime.files import require_intact
 from common.runtime.reading import reading
 
 META = "https://dl.fbaipublicfiles.com/segment_anything"
+MOBILE = "https://github.com/ChaoningZhang/MobileSAM/raw/f706ad9c4eb7f219c00d9050e46328518ffb65d2"
 CHECKPOINTS = {  # name: (url, bytes, SHA-256)
     "vit_h": (f"{META}/sam_vit_h_4b8939.pth", 2_564_550_879,
               "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
@@ -24,15 +27,37 @@ CHECKPOINTS = {  # name: (url, bytes, SHA-256)
               "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
     "vit_b": (f"{META}/sam_vit_b_01ec64.pth", 375_042_383,
               "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "mobile_sam": (f"{MOBILE}/weights/mobile_sam.pt", 40_728_226,
+                   "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"),
 }
-SIZE_OF_WIDTH = {1280: "vit_h", 1024: "vit_l", 768: "vit_b"}  # last axis of image_encoder.pos_embed
+ARCHITECTURES = {  # name: a function that builds it, with random weights
+    name: sam_model_registry.get(name, mobile_sam.build_mobile_sam) for name in CHECKPOINTS}
+POS_EMBED = "image_encoder.pos_embed"  # a ViT's; its last axis tells the size
+SIZE_OF_WIDTH = {1280: "vit_h", 1024: "vit_l", 768: "vit_b"}
+
+# Models that are taken for a SAM, and a part of a key that they alone have. The first that fits
+# counts: SAM 3 holds a tracker with the keys of SAM 2.
+_OTHER_MODELS = {
+    "detector.backbone.": "SAM 3",
+    "detector_model.": "SAM 3",
+    "sam_mask_decoder.": "SAM 2",
+    "vision_encoder.backbone.": "SAM 2",
+    "mask_decoder.hf_token.": "HQ-SAM",
+    "mask_decoder.hq_token.": "HQ-SAM",
+    "prompt_encoder.bbox_top_left_embeddings.": "EfficientSAM",
+    "dapter.": "SAM-Med2D or another SAM with adapters",  # Adapter., MLP_Adapter., adapter.
+    ".proto.cv1.": "FastSAM, a YOLO",
+    "shared_image_embedding.": "a SAM under Hugging Face's key names (SamModel)",
+}
+# what torch puts into the names of a module that it wraps: DataParallel, compile, FSDP
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def load_sam(name: str, device: torch.device) -> Sam:
     """A frozen SAM (eval mode, no gradients) on `device`.
 
-    name: "vit_h", "vit_l" or "vit_b" (downloaded once to `cache_dir()`), the path of such a
-    checkpoint ("vit_b:path" must be of that size), or "demo" (this repository's small stand-in).
+    name: one of CHECKPOINTS (downloaded once to `cache_dir()`), the path of such a checkpoint
+    ("vit_b:path" must be of that size), or "demo" (this repository's small stand-in).
     Raises UserError if there is no such file or no network, or if the file is damaged or not a
     checkpoint of SAM.
     """
@@ -66,37 +91,74 @@ def _load_checkpoint(path: Path, size: str | None, compared: bool = False) -> Sa
     size: the one that the user named, None to go by the weights alone. compared: whether the
     file's own hash is known to be right, so that its parts need no second reading.
     """
-    weights = _unwrapped(_read(path, compared))
-    pos_embed = weights.get("image_encoder.pos_embed") if isinstance(weights, dict) else None
-    width = pos_embed.shape[-1] if isinstance(pos_embed, torch.Tensor) else None
-    found = SIZE_OF_WIDTH.get(width)
-    if found is None:
-        raise UserError(f"{path} is not a checkpoint of SAM's ViT-H, ViT-L or ViT-B: "
-                        "image_encoder.pos_embed is missing or of another width.")
+    weights = _plain_names(_tensors(_read(path, compared)))
+    found = _recognise(weights, path)
     if size not in (None, found):
         raise UserError(f"{path} holds {found}, not {size}; write {found}:{path} or the path "
                         "alone.")
-    tensors = [value for value in weights.values() if isinstance(value, torch.Tensor)]
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"{path} holds NaN or infinite values: download the checkpoint again.")
-    sam = sam_model_registry[found]()
+    if found == "mobile_sam":
+        weights = mobile_sam.own_names(weights)
+    sam = ARCHITECTURES[found]()
     try:
         sam.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit segment_anything's {found} ({reason} ...); "
-                        "give a checkpoint of that model.") from error
+        raise UserError(f"{path} does not fit {found} ({reason} ...); give a checkpoint of that "
+                        "model.") from error
     return sam
 
 
-def _unwrapped(content: object) -> object:
-    """The state dict in what training scripts save: {"model": ...}, names with "module." before."""
-    for name in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    if isinstance(content, dict):
-        content = {str(key).removeprefix("module."): value for key, value in content.items()}
-    return content
+def _tensors(content: object, name: str = "", depth: int = 4) -> dict[str, torch.Tensor]:
+    """The tensors in `content` and in dicts within it, with the keys on the way joined by dots.
+
+    depth: dicts in dicts that are looked into; a file may hold a dict that holds itself.
+    """
+    if isinstance(content, torch.Tensor):
+        return {name: content}
+    found = {}
+    if isinstance(content, dict) and depth:
+        for key, value in content.items():
+            found |= _tensors(value, f"{name}.{key}" if name else str(key), depth - 1)
+    return found
+
+
+def _plain_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The SAM among `tensors` under the names that its own state dict has.
+
+    Training scripts save {"model": ..., "optimizer": ...}, and put "module.", "sam." and the like
+    before the names or into them. Without a SAM the tensors come back as they are.
+    """
+    plain = {".".join(part for part in key.split(".") if part not in _WRAPPERS): tensor
+             for key, tensor in tensors.items()}
+    for mark in (POS_EMBED, mobile_sam.MARK):
+        for key in plain:
+            prefix = key.removesuffix(mark)
+            if prefix != key and prefix[-1:] in ("", "."):
+                return {key.removeprefix(prefix): tensor for key, tensor in plain.items()
+                        if key.startswith(prefix)}
+    return plain
+
+
+def _recognise(weights: dict[str, torch.Tensor], path: Path) -> str:
+    """Which of ARCHITECTURES has these weights. Raises UserError, where it can with a name."""
+    for mark, model in _OTHER_MODELS.items():
+        if any(mark in key for key in weights):
+            raise _not_read(path, model)
+    if mobile_sam.MARK in weights:
+        return "mobile_sam"
+    width = weights[POS_EMBED].shape[-1:] if POS_EMBED in weights else ()
+    if not (width and width[0] in SIZE_OF_WIDTH):
+        raise UserError(f"{path} is not a checkpoint of SAM's ViT-H, ViT-L or ViT-B or of "
+                        f"MobileSAM: {POS_EMBED} is missing or of another width.")
+    return SIZE_OF_WIDTH[width[0]]
+
+
+def _not_read(path: Path, model: str) -> UserError:
+    return UserError(f"{path} holds {model}, which is not read here: set SAM to "
+                     f"{', '.join(CHECKPOINTS)} or the path of a checkpoint of one of these, as "
+                     "its authors (or MedSAM's) published it.")
 
 
 def _read(path: Path, compared: bool) -> object:
@@ -106,10 +168,14 @@ def _read(path: Path, compared: bool) -> object:
         with reading(path, missing):
             if not compared:
                 require_intact(path)
+            if path.suffix == ".safetensors":
+                return load_file(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # which type it is depends on where in the file torch stumbles
+        if "ultralytics" in str(error):
+            raise _not_read(path, "FastSAM or another YOLO") from error
         if "GLOBAL" in str(error):
             raise UserError(f"{path} was refused: it holds Python objects, which could run code "
                             "when loaded; give a file that holds a SAM state dict and nothing "
@@ -124,17 +190,17 @@ def cache_dir() -> Path:
 
 
 def download_checkpoint(name: str) -> Path:
-    """The path of Meta's checkpoint `name`, downloaded if it is not there yet.
+    """The path of the published checkpoint `name`, downloaded if it is not there yet.
 
     Its SHA-256 is checked every time. A download that was cut off goes on from its `.part` file.
-    Raises UserError without a network or if the file is not Meta's.
+    Raises UserError without a network or if the file is another one.
     """
     url, size, sha256 = CHECKPOINTS[name]
     path = cache_dir() / url.rpartition("/")[2]
     if path.exists():  # perhaps put there by hand, so it is checked but never deleted
         if path.stat().st_size != size or _sha256(path) != sha256:
-            raise UserError(f"{path} is not Meta's {name} checkpoint or is cut off; delete it and "
-                            "run again.")
+            raise UserError(f"{path} is not the published {name} checkpoint or is cut off; "
+                            "delete it and run again.")
         return path
     part = path.with_name(path.name + ".part")
     try:
@@ -196,6 +262,8 @@ def sam_fingerprint(sam: Sam) -> str:
     It is stored with cached embeddings, so that a decoder that never saw that encoder is refused.
     """
     digest = hashlib.sha256()
+    if isinstance(sam.image_encoder, mobile_sam.MobileEncoder):
+        digest.update(b"mobile_sam")  # it was trained to serve ViT-H's decoder
     for part in (sam.prompt_encoder, sam.mask_decoder):
         for key, value in part.state_dict().items():
             digest.update(f"{key} {tuple(value.shape)}".encode())

@@ -26,7 +26,7 @@ import py_sod_metrics as sod
 import torch
 import torch.profiler
 from PIL import Image
-from segment_anything import SamPredictor, sam_model_registry
+from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,14 +38,14 @@ from common.cache import Cache
 from common.cache_file import PICTURE, CacheWriter, Layout
 from common.episode import Episode, patch_centres
 from common.frozen.sam import BatchedPrompter, SamEmbedder, probability_grid, squash
-from common.frozen.sam_weights import CHECKPOINTS, load_sam
+from common.frozen.sam_weights import ARCHITECTURES, load_sam
 from common.metrics import evaluate_mask
 from common.runtime import files, script, settings
 from common.runtime.errors import UserError
 
 # what is measured
 WORKLOADS = ("all",)  # or some of embed, prompt, episode, cache, metrics
-SAM = "vit_b"  # vit_b, vit_l or vit_h with random weights (speed is the same); a checkpoint; demo
+SAM = "vit_b"  # vit_b, vit_l, vit_h, mobile_sam: with random weights, as fast; a checkpoint; demo
 IMAGES = 2  # embedded; a ViT-B takes up to 20 s each on two cores, a GPU wants 64
 BATCH = 8  # of them at a time through our encoder, as in stage 1
 PROMPTED = 4  # images prompted for 15 rounds; a GPU wants 64
@@ -513,10 +513,10 @@ def device_name(device: torch.device) -> str:
 
 def build_sam(device: torch.device) -> Sam:
     """The frozen SAM: an official architecture with random weights, or what else SAM names."""
-    if SAM not in CHECKPOINTS:
+    if SAM not in ARCHITECTURES:
         return load_sam(SAM, device)
     script.seed_everything(SEED)
-    sam = sam_model_registry[SAM]()
+    sam = ARCHITECTURES[SAM]()
     with torch.no_grad():
         for weight in sam.parameters():  # what starts at 0 or 1 would hide a difference
             weight.add_(torch.randn_like(weight), alpha=0.02)
