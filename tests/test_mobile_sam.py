@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from common.frozen import mobile_sam
@@ -91,6 +92,15 @@ def test_bfloat16_keeps_the_embedding_to_a_cosine_of_0_999(sam, picture, embeddi
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, embedding), "nothing ran in bfloat16"
     assert F.cosine_similarity(rounded, embedding, dim=1).min() >= 0.999
+
+
+def test_attention_is_fused_on_a_cpu(sam):
+    attention = sam.image_encoder.stages[1].blocks[0].attn
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        attention(torch.randn(2, 49, 128))
+    called = {event.key for event in recorded.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in called
+    assert not any("softmax" in name for name in called)
 
 
 def test_a_picture_is_embedded_and_prompted_as_the_predictor_does(sam, picture):

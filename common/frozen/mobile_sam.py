@@ -6,6 +6,8 @@ layers are timm's and segment_anything's. The authors' checkpoint names them dif
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -41,12 +43,20 @@ class MobileEncoder(nn.Module):
                            num_heads=(2, 4, 5, 10), window_sizes=(7, 7, 14, 7), drop_path_rate=0.0)
         self.patch_embed, self.stages = tiny_vit.patch_embed, tiny_vit.stages
         self.stages[3].downsample.conv2.conv.stride = (1, 1)  # so that the map stays 64 x 64
+        for module in self.stages.modules():
+            if hasattr(module, "attention_biases"):
+                module.get_attention_biases = partial(_with_batch, module.get_attention_biases)
         self.neck = nn.Sequential(
             nn.Conv2d(320, WIDTH, 1, bias=False), LayerNorm2d(WIDTH),
             nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False), LayerNorm2d(WIDTH))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.neck(self.stages(self.patch_embed(images)))
+
+
+def _with_batch(get_biases: Callable[[torch.device], Tensor], device: torch.device) -> Tensor:
+    """timm's (n, N, N) as (1, n, N, N): a CPU's fused attention takes no bias of three axes."""
+    return get_biases(device)[None]
 
 
 def build_mobile_sam() -> Sam:
@@ -58,7 +68,7 @@ def build_mobile_sam() -> Sam:
         MaskDecoder(transformer_dim=WIDTH, transformer=TwoWayTransformer(2, WIDTH, 8, 2048)))
 
 
-def own_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def own_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict under the names of `build_mobile_sam`.
 
     Their classifier, which embeds nothing, is left out.
