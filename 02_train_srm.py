@@ -103,9 +103,11 @@ def print_held_out_accuracy(run: Run, new_episode: partial, srm: nn.Module) -> N
                        ("test-time start", "test-time start and random points")):
         episode = new_episode(embeddings, maps)
         reach_state(kind, episode, srm, [], torch.Generator().manual_seed(0))
-        foreground, background = accuracy(srm, episode, truth_centres)
-        print(f"held-out patch centres labelled right, {name}: foreground {foreground:.3f}, "
-              f"background {background:.3f} ({len(samples)} test samples)")
+        shares = zip(("foreground", "background"), accuracy(srm, episode, truth_centres))
+        told = [f"{side} " + (f"{share:.3f}" if share == share else "none there")  # not NaN
+                for side, share in shares]
+        print(f"held-out patch centres labelled right, {name}: {', '.join(told)} "
+              f"({len(samples)} test samples)")
 
 
 def check_constants() -> None:
@@ -124,6 +126,8 @@ def main() -> None:
     new_episode = partial(Episode, run.load_prompter(), centres=run.centres, residual=RESIDUAL)
     shots = run.cache.training_set(SHOTS, ROUNDS, run.device)
     files.lock(run.folder)
+    log_path, curves = run.folder / "srm_log.csv", run.folder / "srm_curves.png"
+    files.require_ours(log_path, curves)
 
     # the SRM, fresh or from where a killed run stopped
     branch = BRANCH or run.cache.attrs["branch"]
@@ -165,7 +169,6 @@ def main() -> None:
             checkpoint.save_training(path, made_with, log, finished=step == STEPS, step=step,
                                      srm=srm, optimizer=optimizer, generator=generator)
 
-    log_path, curves = run.folder / "srm_log.csv", run.folder / "srm_curves.png"
     checkpoint.write_log(log_path, log)
     plot_curves(log, curves, f"{TASK}, stage 2: SRM ({branch} branch)")
     print_held_out_accuracy(run, new_episode, srm)

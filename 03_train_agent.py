@@ -118,11 +118,10 @@ def main() -> None:
     # the networks, fresh or from where a killed run stopped
     script.seed_everything(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    channels = shots.embeddings.shape[1]
-    srm = build_srm(branch, channels).to(run.device)
+    srm = build_srm(branch, run.cache.channels).to(run.device)
     checkpoint.restore(srm_path, start, srm=srm)
-    actor = Actor(channels).to(run.device)
-    critic = Critic(channels, scale=1 / (1 - GAMMA)).to(run.device)  # the bound of a return
+    actor = Actor(run.cache.channels).to(run.device)
+    critic = Critic(run.cache.channels, scale=1 / (1 - GAMMA)).to(run.device)  # a return's bound
     ppo = optim.Adam([*actor.parameters(), *critic.parameters()], LEARNING_RATE)
     learner = Learner(srm, actor, critic, ppo, optim.Adam(srm.parameters(), LEARNING_RATE))
     made_with = {
@@ -134,6 +133,7 @@ def main() -> None:
         "srm": checkpoint.fingerprint(start["srm"]),
         "stage_2": {name: start["settings"][name] for name in _OF_STAGE_2}}
     log_path, curves = run.folder / "agent_log.csv", run.folder / "agent_curves.png"
+    files.require_ours(log_path, curves)
     path, this_stage = run.folder / "agent.pt", script.command("03_train_agent.py", globals())
     saved = checkpoint.resume(path, this_stage, made_with, {}, **learner._asdict(),
                               generator=generator)

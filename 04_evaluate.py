@@ -163,6 +163,7 @@ def main() -> None:
         "batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY})
 
     # the rows that a stopped call has not finished; whole batches are dealt to all processes
+    report.require_free()
     report.take_over_finished_rows(script.command("04_evaluate.py", globals()))
     mine = distributed.share_batches(range(len(test_set)), BATCH_SIZE)
     for row in rows:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 
-from common.results.plotting import plt
-from common.runtime.files import write_atomic
+from common.results.plotting import plt, save_figure
+from common.runtime.files import PNG_MARK, write_atomic
 
 PANEL = 256  # pixels a side of one picture in a strip
 MASK_COLOUR, MASK_SHARE = (30, 120, 255), 0.5  # blue: points are green and red
@@ -35,8 +36,7 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     for axis in axes[-1]:
         axis.set_xlabel(x_name, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def overlay(picture: np.ndarray, mask: np.ndarray,
@@ -95,4 +95,11 @@ def save_strips(strips: list[Image.Image], path: Path) -> None:
     for one in strips:
         sheet.paste(one, (0, top))
         top += one.height + 6
-    write_atomic(path, lambda temporary: sheet.save(temporary, "PNG"))
+    save_picture(sheet, path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """As a marked PNG, which a later call may replace."""
+    mark = PngInfo()
+    mark.add_text(*PNG_MARK)
+    write_atomic(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=mark))

@@ -79,6 +79,7 @@ def main() -> None:
     if unknown := set(KINDS) - set(stage_faults.KINDS):
         raise UserError(f"KINDS names {unknown.pop()!r}: "
                         f"choose among {', '.join(stage_faults.KINDS)}")
+    files.require_ours(Path(OUT))
     # Forks cannot use the threads of this process, and results round differently with their number.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +91,7 @@ def main() -> None:
     tried = {name: part.tried for name, part in found.items()}
     report = {"seed": SEED, "seconds": seconds, "tried": tried, "violations": violations}
     text = json.dumps(report, indent=1)
-    files.write_atomic(Path(OUT), functools.partial(Path.write_text, data=text))
+    files.write_text(Path(OUT), text)
     for violation in violations:
         print(f"\nviolated in {violation['case']} ({violation['part']}): {violation['what']}")
     if violations:
