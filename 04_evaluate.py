@@ -38,7 +38,7 @@ SEED = 0  # of the random patches (w/o RL), and of SAMPLE_ACTIONS
 
 # images of your own
 IMAGES = ""  # a folder of images without ground truth, to segment instead of the cached test set
-CLASSES = ("all",)  # with IMAGES: which of the run's texts to look for
+CLASSES = ("all",)  # with IMAGES: which of the run's texts to look for; all = those trained on
 
 # how
 BATCH_SIZE = 32  # test samples prompted side by side; halves itself where memory runs out
@@ -124,10 +124,12 @@ def evaluate(row: str, segment_batch: Callable, numbers: Sequence[int],
         hits = (truth.at_centres.gather(1, actions) == 1).sum(1).tolist()
         points, labels = episode.points.cpu().numpy(), episode.labels.cpu().numpy()
         for index, label_map in enumerate(truth.label_maps):
-            masks = [full_masks(after[index], label_map.shape).cpu().numpy() for after in logits]
+            masks = torch.stack([full_masks(after[index], label_map.shape) for after in logits])
+            masks = masks.cpu().numpy()  # (1 + T, H, W): the device is waited for once
             score = Score.of(batch[index], masks, label_map, actions.shape[1], hits[index])
             pictures = drawing.draw(row, score, masks, label_map, points[index], labels[index])
             scores.append(score._replace(pictures=pictures))
+        del logits, episode  # or they stay while the next batch is computed
     return scores
 
 
@@ -150,8 +152,8 @@ def main() -> None:
             prompt("AlignSAM", episode, trained.actor, trained.srm, range(len(maps)))
             return episode
 
-        return own_images.segment(IMAGES, run.folder / "masks", run.cache.attrs, run.cache.texts,
-                                  CLASSES, align, trained.srm, run.device, made_with)
+        return own_images.segment(IMAGES, run.folder / "masks", run.cache, CLASSES, align,
+                                  trained.srm, run.device, made_with)
 
     # the test samples, and what rows without rounds learn from the training samples
     test_set, shots = run.cache.samples("test"), trained.made_with["shots"]
@@ -163,7 +165,6 @@ def main() -> None:
         "batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY})
 
     # the rows that a stopped call has not finished; whole batches are dealt to all processes
-    report.require_free()
     report.take_over_finished_rows(script.command("04_evaluate.py", globals()))
     mine = distributed.share_batches(range(len(test_set)), BATCH_SIZE)
     for row in rows:

@@ -1,7 +1,7 @@
 """Pictures on disk: how they are opened, turned and converted, whatever their format."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,3 +84,16 @@ def as_array(picture: Image.Image, mode: Literal["RGB", "L"], path: Path) -> np.
         picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return np.array(picture.convert(mode))
 
+
+def frame_count(path: Path) -> int:
+    """How many frames of an animation or pages of a document; `load_image` takes the first."""
+    with opened(path) as picture:
+        is_sequence = picture.format in ("GIF", "PNG", "TIFF", "WEBP")  # others hold previews
+        return getattr(picture, "n_frames", 1) if is_sequence else 1
+
+
+def register_heif() -> None:
+    """Lets Pillow read HEIC and HEIF from now on, if the package pillow-heif is installed."""
+    with suppress(ImportError):
+        import pillow_heif
+        pillow_heif.register_heif_opener()

@@ -162,9 +162,9 @@ class Score(NamedTuple):
     pictures: dict = {}
 
     @classmethod
-    def of(cls, number: int, masks: list[np.ndarray], truth: np.ndarray, chosen: int,
+    def of(cls, number: int, masks: np.ndarray, truth: np.ndarray, chosen: int,
            hits: int) -> "Score":
-        """masks: bool (H, W) after each round. truth: uint8 (H, W), 255 ignored."""
+        """masks: bool (1 + T, H, W), after each round. truth: uint8 (H, W), 255 ignored."""
         metrics, counts = evaluate_mask(masks[-1], truth), count_pixels(masks[-1], truth)
         ious = [overlap(mask, truth) for mask in masks]
         return cls(number, metrics, counts, ious, chosen, hits)

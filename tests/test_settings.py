@@ -307,19 +307,19 @@ def test_a_write_replaces_the_file_whole(tmp_path):
 
     def write(temporary):
         seen.append(temporary)
-        temporary.write_text("second")
-        assert not path.exists() or path.read_text() == "first"
+        temporary.write_text("step,loss\n2")
+        assert path.read_text() == "step,loss\n1"
 
-    write_atomic(path, lambda temporary: temporary.write_text("first"))
+    write_atomic(path, lambda temporary: temporary.write_text("step,loss\n1"))
     write_atomic(path, write)
-    assert path.read_text() == "second" and os.listdir(path.parent) == ["log.csv"]
+    assert path.read_text() == "step,loss\n2" and os.listdir(path.parent) == ["log.csv"]
     assert seen[0].suffix == ".csv" and seen[0].parent == path.parent and seen[0] != path
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, error):
     path = tmp_path / "agent.pt"
-    path.write_text("old")
+    path.write_text("PK, old")
 
     def write(temporary):
         temporary.write_text("half of i")
@@ -327,7 +327,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, error):
 
     with pytest.raises(type(error)):
         write_atomic(path, write)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["agent.pt"]
+    assert path.read_text() == "PK, old" and os.listdir(tmp_path) == ["agent.pt"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to stand for a full disk")

@@ -44,15 +44,17 @@ class Drawing:
         count = min(count, len(self.samples))
         return set(np.linspace(0, len(self.samples) - 1, count).astype(int).tolist())
 
-    def draw(self, row: str, score: Score, masks: list[np.ndarray], label_map: np.ndarray,
+    def draw(self, row: str, score: Score, masks: np.ndarray, label_map: np.ndarray,
              points: np.ndarray, labels: np.ndarray) -> dict:
         """What is kept of a sample. It is made now, as the masks are too large to keep.
 
-        masks: bool (H, W) after each round. label_map: uint8 (H, W). points, labels: (2 + T, 2) and
-        (2 + T,), in the order of prompting.
+        masks: bool (1 + T, H, W), after each round. label_map: uint8 (H, W). points, labels:
+        (2 + T, 2) and (2 + T,), in the order of prompting.
         """
         number = score.number
-        kept = {"mask": torch.from_numpy(masks[-1])} if number in self.in_strips else {}
+        kept = {}
+        if number in self.in_strips:  # a copy, or it would keep the masks of all rounds
+            kept["mask"] = torch.from_numpy(masks[-1].copy())
         if row != "AlignSAM":
             return kept
         sample = self.samples[number]
@@ -106,7 +108,7 @@ class Report:
         stem = self.name.removesuffix(".json")
         return self.folder / (kind if stem == "results" else f"{stem}-{kind}")
 
-    def require_free(self) -> None:
+    def __post_init__(self) -> None:
         """Raises UserError where `write` would replace a file that is not ours."""
         drawing, prompted = self.drawing, "AlignSAM" in self.rows
         written = {"strips.png": prompted and drawing.in_strips,
