@@ -366,7 +366,7 @@ def test_one_bad_image_is_named_and_the_others_get_their_masks(
     told_why = capsys.readouterr().err
     assert "no mask of a.png: out of memory at BATCH_SIZE=1: set DEVICE=cpu, or make " in told_why
     assert "no mask of b.png: out of memory" in told_why
-    assert "masks/c.png (File name too long)" in told_why
+    assert re.search("no mask of c.png: .*File name too long: .*masks/c.png", told_why)
     assert told(out) == [("d.png", "d.png")]
     segment_dogs(mine, out, attributes)
     assert len(told(out)) == 4 and not (out / "masks.json.part").exists()

@@ -103,9 +103,7 @@ def segment(images: str, out: Path, cache: Cache, classes: tuple[str, ...], alig
         except (UserError, OSError, MemoryError, RuntimeError) as error:
             if not concerns_one_image(error):
                 raise
-            reason = str(error) or "out of memory"
-            if isinstance(error, OSError):
-                reason = f"{error.filename} ({error.strerror})"
+            reason = str(error) or "out of memory"  # a MemoryError says nothing
             tqdm.write(f"no mask of {path}: {reason}", file=sys.stderr)
             without_mask.append(path.as_posix())
 
