@@ -121,7 +121,7 @@ def segment(images: str, out: Path, cache: Cache, classes: tuple[str, ...], alig
 def concerns_one_image(error: Exception) -> bool:
     """Whether the next image may go well all the same."""
     if isinstance(error, OSError):
-        return error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     return isinstance(error, (UserError, MemoryError)) or is_out_of_memory(error)
 
 
