@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common.results import bench, tables
+from common.results.outputs import check_results_name
 from common.results.pictures import plot_curves, save_strips
 from common.results.report import write_report
 from common.runtime import checkpoint
@@ -115,6 +116,13 @@ def test_stage_4_without_pictures_does_not_ask_for_their_places(workplace, tmp_p
                "ROWS=SRM alone")
     assert done.returncode == 0, done.stderr
     assert (folder / "strips.png").read_bytes() == b"theirs"
+
+
+def test_a_results_file_whose_pictures_would_have_too_long_names_is_refused():
+    check_results_name("é" * 97 + ".json")
+    for name in ("é" * 98 + ".json", "results.csv", "../results.json"):
+        with pytest.raises(UserError, match="is no name of a results file"):
+            check_results_name(name)
 
 
 @pytest.mark.parametrize("theirs", ["tables.md", "tables.json", "iterations.png"])

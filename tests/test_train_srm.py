@@ -1,6 +1,8 @@
 """Stage 2 brings its samples into the states in which the SRM is asked during prompting."""
 
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,3 +71,17 @@ def test_kinds_of_states_are_drawn_by_their_shares(stage):
     assert sum(stage.STATES.values()) == 1
     shares = {kind: count / 5000 for kind, count in drawn.items()}
     assert shares == pytest.approx(stage.STATES, abs=0.03)
+
+
+def test_held_out_samples_without_foreground_have_no_number_instead_of_nan(stage, capsys):
+    cache = SimpleNamespace(
+        samples=lambda split: np.zeros((2, 2), int),
+        embeddings=lambda some: torch.ones(2, 4, 10, 10),
+        maps=lambda some: torch.ones(2, 10, 10),
+        truth_centres=lambda some: torch.zeros(2, 100, dtype=torch.uint8))
+    new_episode = partial(Episode, Recorder(), centres=patch_centres(800, 80))
+    run = SimpleNamespace(cache=cache, device=torch.device("cpu"))
+    stage.print_held_out_accuracy(run, new_episode, below)
+    printed = capsys.readouterr().out
+    assert "before any mask: foreground none there, background 0.500 (2 test samples)" in printed
+    assert "nan" not in printed
