@@ -343,6 +343,15 @@ def test_a_masks_jsonl_of_something_else_is_not_replaced(tmp_path, attributes):
         assert (out / "masks.jsonl").read_text() == content
 
 
+def test_a_masks_json_part_of_something_else_is_not_replaced(tmp_path, attributes):
+    part = tmp_path / "masks/masks.json.part"
+    part.parent.mkdir()
+    part.write_text("half a download")
+    with pytest.raises(UserError, match="masks.json.part was not written by AlignSAM"):
+        segment_dogs(photos(tmp_path / "mine", "a.png"), part.parent, attributes)
+    assert part.read_text() == "half a download"
+
+
 def test_one_bad_image_is_named_and_the_others_get_their_masks(
         tmp_path, attributes, monkeypatch, capsys):
     """Too large for the GPU's memory, for the machine's, and a mask that cannot be written."""

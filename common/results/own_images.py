@@ -274,8 +274,8 @@ def segment_one(frozen: FrozenModels, align: Align, texts: list[int],
             raise UserError(f"{what} of {path} holds NaN or infinite values: run stage 1 with "
                             "PRECISION=fp32 into another RUN_DIR, or check the weights")
     episode = align(embedding.expand(len(texts), -1, -1, -1), maps[0, texts])
-    masks = torch.stack([full_masks(logits, image.shape[:2]) for logits in episode.logits])
-    return episode, masks.cpu().numpy()
+    masks = [full_masks(logits, image.shape[:2]).cpu().numpy() for logits in episode.logits]
+    return episode, np.stack(masks)
 
 
 def write_masks(out: Path, names: list[str], texts: list[str], image: np.ndarray,
