@@ -116,7 +116,7 @@ def main() -> None:
     shots = list(dict.fromkeys(sample for sample, _ in drawn))  # once, though drawn for two classes
     images = shots + [sample for sample in samples if sample.split == "test"]
     row_of = {sample: row for row, sample in enumerate(images)}
-    sizes = check_samples(images, task)
+    checked = check_samples(images, task)
 
     # the frozen models
     with distributed.rank_0_first():  # weights are downloaded once
@@ -129,7 +129,8 @@ def main() -> None:
     # the cache, laid out before the first image
     layout = Layout(
         names=[sample.name for sample in images], splits=[sample.split for sample in images],
-        sizes=sizes, texts=task.texts, shots=[(row_of[sample], text) for sample, text in drawn],
+        sizes=[sample.size for sample in checked], texts=task.texts,
+        shots=[(row_of[sample], text) for sample, text in drawn],
         embedding=(sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size),
         frame=IMAGE_SIZE, patch=PATCH_SIZE)
     packages = ("torch", "segment_anything", "open_clip_torch")

@@ -1,5 +1,7 @@
 """Masks on disk, and the label maps that are read from them. What is not plain is refused."""
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
@@ -30,36 +32,51 @@ def load_label_map(sample: Sample, task: Task, image_size: tuple[int, int]) -> n
     Raises UserError naming the mask if it cannot be read, has no usable values, or has another
     aspect than the image.
     """
+    return read_mask(sample, task, image_size)[0]
+
+
+def read_mask(sample: Sample, task: Task, image_size: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """The label map of `load_label_map`, and how the mask was read: "0 and 255", for one."""
     with opened(sample.mask) as picture:
         if task.dataset == "voc":
-            label_map = _voc_label_map(picture, sample, task)
+            label_map, how = _voc_label_map(picture, sample, task), "palette indices"
         else:
-            label_map = _binary_label_map(picture, sample)
+            label_map, how = _binary_label_map(picture, sample), "0 and 255"
     if not task.white_is_foreground:
         label_map = np.where(label_map == IGNORE, IGNORE, 1 - label_map).astype(np.uint8)
     if label_map.shape == tuple(image_size):
-        return label_map
-    return _fit(label_map, sample, tuple(image_size))
+        return label_map, how
+    return _fit(label_map, sample, tuple(image_size)), how
 
 
-def check_samples(samples: list[Sample], task: Task) -> list[tuple[int, int]]:
-    """The images' sizes (H, W); every mask is read once, before hours are spent on the images.
+class Checked(NamedTuple):
+    """What `check_samples` learned of one sample."""
+
+    size: tuple[int, int]  # (H, W) of the image
+    how: str  # how its mask was read: "0 and 255", for one
+    foreground: float  # share of foreground among the pixels that are not ignored; 0 if all are
+
+
+def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
+    """Reads every mask once, before hours are spent on the images.
 
     Raises UserError that names all images and masks which cannot be used, the first ten of them
     with their faults.
     """
-    sizes, faults = [], []
+    checked, faults = [], []
     for sample in tqdm(samples, "checking masks", leave=False, disable=distributed.RANK > 0):
         try:
-            sizes.append(image_size(sample.image))
-            load_label_map(sample, task, sizes[-1])
+            size = image_size(sample.image)
+            label_map, how = read_mask(sample, task, size)
+            known = label_map[label_map != IGNORE]
+            checked.append(Checked(size, how, float((known > 0).mean()) if known.size else 0.0))
         except UserError as error:
             faults.append(str(error))
     if len(faults) > 10:
         faults[10:] = [f"and {len(faults) - 10} more"]
     if faults:
         raise UserError("; ".join(faults))
-    return sizes
+    return checked
 
 
 def untrainable(label_map: np.ndarray) -> str | None:

@@ -218,7 +218,7 @@ def test_a_mask_with_something_and_something_else_can_be_trained_on(label_map):
 def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tmp_path):
     root = make(tmp_path, "folder")
     samples = list_samples(task_of("folder"), root)
-    assert check_samples(samples, task_of("folder")) == [(6, 8)] * 4
+    assert check_samples(samples, task_of("folder")) == [((6, 8), "0 and 255", 0.5)] * 4
     for sample in samples[1:3]:
         Image.fromarray(half(top=15)).save(sample.mask)
     with pytest.raises(UserError) as error:
