@@ -1,5 +1,6 @@
 """Pictures on disk: how they are opened, turned and converted, whatever their format."""
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,16 @@ class Sample:
     image: Path
     mask: Path
     split: Literal["train", "test"]
+
+    @property
+    def place(self) -> str:
+        """split/name, which no other sample has."""
+        return f"{self.split}/{self.name}"
+
+
+def composed(name: str) -> str:
+    """A name with accents as single characters; macOS may write letter and accent as two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def load_image(path: Path) -> np.ndarray:

@@ -61,9 +61,9 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
     """Reads every mask once, before hours are spent on the images.
 
     Raises UserError that names all images and masks which cannot be used, the first ten of them
-    with their faults.
+    with their faults, and the SKIP that leaves them out.
     """
-    checked, faults = [], []
+    checked, faults, unusable = [], [], []
     for sample in tqdm(samples, "checking masks", leave=False, disable=distributed.RANK > 0):
         try:
             size = image_size(sample.image)
@@ -72,10 +72,12 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
             checked.append(Checked(size, how, float((known > 0).mean()) if known.size else 0.0))
         except UserError as error:
             faults.append(str(error))
+            unusable.append(sample.place)
     if len(faults) > 10:
         faults[10:] = [f"and {len(faults) - 10} more"]
     if faults:
-        raise UserError("; ".join(faults))
+        names = ",".join(sorted(unusable)[:10]) + (",..." if len(unusable) > 10 else "")
+        raise UserError(f"{'; '.join(faults)}; or leave them out by SKIP={names}")
     return checked
 
 
