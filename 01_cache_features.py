@@ -28,9 +28,9 @@ from common.frozen.clip_weights import load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder
 from common.frozen.sam_weights import load_sam, sam_fingerprint
-from common.images import Sample, load_image
-from common.label_maps import check_samples, load_label_map
-from common.prepare import mask_summary, open_task
+from common.images import Sample
+from common.label_maps import check_samples
+from common.prepare import mask_summary, open_task, read_sample
 from common.results.data_sheet import draw_data
 from common.runtime import checkpoint, distributed, files, script, settings
 from common.runtime.batches import in_batches
@@ -75,8 +75,7 @@ class Decoded(NamedTuple):
 
 def decode(row: int, sample: Sample, task: Task, frozen: FrozenModels) -> Decoded:
     """Reads one image and its mask; runs in a thread of its own."""
-    image = load_image(sample.image)
-    label_map = load_label_map(sample, task, image.shape[:2])
+    image, label_map = read_sample(sample, task)
     picture = Image.fromarray(image).resize((PICTURE, PICTURE), Image.BILINEAR)
     return Decoded(row, frozen.see(image), label_map, np.asarray(picture))
 

@@ -101,7 +101,7 @@ def read_skip(text: str) -> list[str]:
 
 
 def left_out(skip: list[str], samples: list[Sample], cached: Collection[str] = ()) -> set[str]:
-    """What `skip` (see `read_skip`) names, as `Sample.place`.
+    """What `skip` (see `read_skip`) names, as `Sample.place`; it is said on stdout.
 
     cached: places of images that an earlier cache holds or left out; they may be gone from the
     disk. Raises UserError for an item that names no sample, or one in each split.
@@ -114,7 +114,10 @@ def left_out(skip: list[str], samples: list[Sample], cached: Collection[str] = (
     if twice := [item for item, found in chosen.items() if len(found) > 1]:
         raise UserError(f"SKIP names {some(twice)}, and both splits have it: write "
                         f"train/{twice[0]} or test/{twice[0]}")
-    return set().union(*chosen.values())
+    places = set().union(*chosen.values())
+    if places:
+        print(f"left out by SKIP: {some(sorted(places))}")
+    return places
 
 
 def _names_of(split: str, skip: Collection[str]) -> set[str]:

@@ -1,13 +1,16 @@
-"""What stage 1 settles before any model is loaded: the task, its data, and how masks were read."""
+"""What stage 1 needs beside the models: the task and its data, and how its masks were read."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.images import Sample
-from common.label_maps import Checked
+import numpy as np
+
+from common.images import Sample, load_image
+from common.label_maps import Checked, load_label_map
 from common.runtime import distributed
+from common.runtime.errors import UserError
 from common.tasks import Task, get_task, with_prompt
 
 
@@ -38,9 +41,19 @@ def mask_summary(images: Sequence[Sample], checked: Sequence[Checked]) -> str:
     """
     ways = Counter(one.how for one in checked).most_common()
     shares = [one.foreground for one in checked]
-    ends = [(shares[index], images[index].place)
-            for index in (min(range(len(shares)), key=shares.__getitem__),
-                          max(range(len(shares)), key=shares.__getitem__))]
-    smallest, largest = (f"{share:.1%} ({place})" for share, place in ends)
+    ends = (f"{shares[index]:.1%} ({images[index].place})"
+            for index in (np.argmin(shares), np.argmax(shares)))
     return (f"masks: {', '.join(f'{how} in {count}' for how, count in ways)}; foreground "
-            f"{sum(shares) / len(shares):.1%} on average, from {smallest} to {largest}")
+            f"{np.mean(shares):.1%} on average, from {' to '.join(ends)}")
+
+
+def read_sample(sample: Sample, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """The image, uint8 (H, W, 3), and its label map, uint8 (H, W).
+
+    Raises UserError that names SKIP beside what is wrong with either.
+    """
+    try:
+        image = load_image(sample.image)
+        return image, load_label_map(sample, task, image.shape[:2])
+    except UserError as error:
+        raise UserError(f"{error}; or leave it out by SKIP={sample.place}") from error
