@@ -53,11 +53,12 @@ def list_samples(task: Task, data_dir: str | Path, skip: Collection[str] = ()) -
     data_dir, found = _find_folders(task, Path(data_dir).expanduser())
     folders = {split: (found[images], found[masks])
                for split, (images, masks) in FOLDERS[task.dataset].items()}
+    in_either = _names_of("train", _names_of("test", skip))
     if task.dataset == "cuhk":
-        samples = _cuhk(task, data_dir, *folders["both"], _names_of("both", skip))
+        samples = _cuhk(task, data_dir, *folders["both"], in_either)
     elif task.dataset == "voc":
         lists = {split: found[file] for split, file in _VOC_LISTS.items()}
-        samples = _voc(lists, *folders["both"], _names_of("both", skip))
+        samples = _voc(lists, *folders["both"], in_either)
     else:
         samples = [Sample(name, image, mask, split)
                    for split, (images, masks) in folders.items()
@@ -121,11 +122,8 @@ def left_out(skip: list[str], samples: list[Sample], cached: Collection[str] = (
 
 
 def _names_of(split: str, skip: Collection[str]) -> set[str]:
-    """The names that `skip` leaves out of a split, or of "both"."""
-    splits = ("train", "test") if split == "both" else (split,)
-    names = {item for item in skip if "/" not in item}
-    return names.union(*({item.removeprefix(f"{one}/") for item in skip
-                          if item.startswith(f"{one}/")} for one in splits))
+    """`skip` with plain names for what it leaves out of a split."""
+    return {item.removeprefix(f"{split}/") for item in skip}
 
 
 def draw_shots(samples: list[Sample], task: Task, count: int, seed: int,
@@ -314,9 +312,9 @@ def _pictures(folder: Path, skip: Collection[str] = (), prefix: str = "",
             named.setdefault(composed(path.stem), []).append(path)
     wrong, shared = [], []
     for name, paths in named.items():
-        if of_duts and sorted(path.suffix for path in paths) == [".jpg", ".png"]:
-            paths.sort(key=lambda path: path.suffix == ".png", reverse=name not in _DUTS_JPEG)
-            wrong.append(paths[1].name)
+        if of_duts and [path.suffix.lower() for path in paths] == [".jpg", ".png"]:
+            right = 0 if name in _DUTS_JPEG else 1
+            wrong.append(paths.pop(1 - right).name)
         elif len(paths) > 1 and name not in skip:
             shared.append(" and ".join(path.name for path in paths))
     if wrong:
@@ -392,7 +390,7 @@ def _cuhk(task: Task, data_dir: Path, image_dir: Path, mask_dir: Path,
 def _voc(lists: dict[str, Path], image_dir: Path, mask_dir: Path,
          skip: set[str]) -> list[Sample]:
     """The images in VOC's lists; its folders hold many more images, for its other tasks."""
-    images, masks = _pictures(image_dir), _pictures(mask_dir)
+    images, masks = _pictures(image_dir, skip), _pictures(mask_dir, skip)
     names = {split: read_list(file) for split, file in lists.items()}
     shared = sorted(set(names["train"]) & set(names["test"]))
     if shared:
