@@ -243,9 +243,10 @@ def test_images_that_stay_when_skip_changes_are_taken_over_byte_for_byte(complet
     assert skip_third(complete) == [1] and "anew" not in capsys.readouterr().out
 
 
-def test_an_image_that_was_not_done_is_not_taken_over(path):
+def test_an_image_that_was_not_done_is_not_taken_over(path, capsys):
     write(path, rows=[0, 1, 2])
     assert skip_third(path) == [1, 3]
+    assert "2 of its 4 images are taken over" in capsys.readouterr().out
 
 
 def test_an_image_of_another_size_now_is_not_taken_over(complete):
