@@ -34,13 +34,14 @@ from common.label_maps import check_samples, load_label_map
 from common.runtime import checkpoint, distributed, files, script, settings
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
-from common.tasks import Task, get_task, with_prompt
+from common.tasks import Task, get_task, with_foreground, with_prompt
 
 # what is segmented
 TASK = "demo_saliency"  # demo_blur|shadow|mirror|saliency|semantic, cuhk|sbu|msd|duts|voc, folder
 DATA_DIR = ""  # where the data set lies; empty = data/<TASK>
 PROMPT = ""  # the target's text: of TASK = "folder", or in place of another task's one text
 CUHK_WHITE_IS_BLURRED = True  # copies of CUHK differ in what white means; false: white is sharp
+FOREGROUND = ""  # in masks of several levels or colours (TASK=folder): 3, #ff0000 or any
 SHOTS = 50  # labelled training samples drawn (paper, section 4)
 SEED = 0  # of that draw
 
@@ -99,7 +100,7 @@ def main() -> None:
         raise UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one "
                         "that does")
     device = distributed.own(script.device(DEVICE))
-    task = with_prompt(get_task(TASK, PROMPT), PROMPT)
+    task = with_foreground(with_prompt(get_task(TASK, PROMPT), PROMPT), FOREGROUND)
     if TASK == "cuhk":
         task = replace(task, white_is_foreground=CUHK_WHITE_IS_BLURRED)
     data_dir = Path(DATA_DIR or f"data/{TASK}").expanduser()
@@ -140,6 +141,7 @@ def main() -> None:
         "clip_size": clip_size, "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
         "precision": "bf16" if embedder.bf16 else "fp32",
         **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),
+        **({"foreground": str(task.foreground)} if task.foreground is not None else {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "versions": {name: importlib.metadata.version(name) for name in packages}}
     path = script.cache_path(FEATURES, script.run_dir(RUN_DIR, TASK))

@@ -313,8 +313,11 @@ def _require(holds: bool, otherwise: str) -> None:
 def _require_same_run(path: Path, file: h5py.File, layout: Layout, made_with: dict) -> None:
     """Raises UserError at the first attribute or array in which the file differs from a new one."""
     new = _attributes(layout, made_with)
-    compared = {name: value for name, value in new.items() if name not in NOT_COMPARED}
-    require_same(path, stored_attributes(file), compared, MEND)
+    stored = stored_attributes(file)
+    # a constant that is stored only where it is set (FOREGROUND) may be in the file alone
+    wanted = new | {name: "empty" for name in stored if name not in new}
+    compared = {name: value for name, value in wanted.items() if name not in NOT_COMPARED}
+    require_same(path, stored, compared, MEND)
     for name, values in _known(layout).items():
         was, now = file[name][:].tolist(), values.tolist()
         if was != now:
