@@ -43,6 +43,7 @@ DATA_DIR = ""  # where the data set lies; empty = data/<TASK>
 PROMPT = ""  # the target's text: of TASK = "folder", or in place of another task's one text
 SKIP = ""  # samples to leave out: name or split/name, joined by commas, or a .txt list of names
 CUHK_WHITE_IS_BLURRED = True  # copies of CUHK differ in what white means; false: white is sharp
+FOREGROUND = ""  # in masks of several levels or colours (TASK=folder): 3, #ff0000 or any
 SHOTS = 50  # labelled training samples drawn (paper, section 4)
 SEED = 0  # of that draw
 
@@ -139,6 +140,7 @@ def main() -> None:
         "precision": "bf16" if embedder.bf16 else "fp32",
         **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),
         **({"skip": sorted(skip)} if skip else {}),
+        **({"foreground": str(task.foreground)} if task.foreground is not None else {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "versions": {name: importlib.metadata.version(name) for name in packages}}
     there = {sample.place for sample in samples}

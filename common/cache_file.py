@@ -415,10 +415,13 @@ class CacheWriter:
             create(path, layout, made_with)
             return cls.open(path)
         now, skip = _attributes(layout, made_with), set(made_with.get("skip", ()))
-        compared = {name: value for name, value in now.items()
-                    if name not in (*NOT_COMPARED, "skip")}
         with open_file(path) as file:
-            require_same(path, stored_attributes(file), compared, MEND)
+            stored = stored_attributes(file)
+            # a constant that is stored only where it is set (FOREGROUND) may be in the file alone
+            wanted = now | {name: "empty" for name in stored if name not in now}
+            compared = {name: value for name, value in wanted.items()
+                        if name not in (*NOT_COMPARED, "skip")}
+            require_same(path, stored, compared, MEND)
             difference, skipped, held = _difference(file, layout), _skipped(file), _places(file)
         unfinished = path.with_name(path.name + ".new")
         unfinished.unlink(missing_ok=True)  # left by a kill

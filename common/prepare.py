@@ -11,17 +11,17 @@ from common.images import Sample, load_image
 from common.label_maps import Checked, load_label_map
 from common.runtime import distributed
 from common.runtime.errors import UserError
-from common.tasks import Task, get_task, with_prompt
+from common.tasks import Task, get_task, with_foreground, with_prompt
 
 
 def open_task(constants: dict[str, object]) -> tuple[Task, Path]:
     """The task, and the folder of its data; the data of a demo task are drawn if they are missing.
 
-    constants: stage 1's `globals()`. Raises UserError for an unknown task or a PROMPT that does not
-    suit it.
+    constants: stage 1's `globals()`. Raises UserError for an unknown task, or a PROMPT or
+    FOREGROUND that does not suit it.
     """
     name, prompt = constants["TASK"], constants["PROMPT"]
-    task = with_prompt(get_task(name, prompt), prompt)
+    task = with_foreground(with_prompt(get_task(name, prompt), prompt), constants["FOREGROUND"])
     if name == "cuhk":
         task = replace(task, white_is_foreground=constants["CUHK_WHITE_IS_BLURRED"])
     data_dir = Path(constants["DATA_DIR"] or f"data/{name}").expanduser()

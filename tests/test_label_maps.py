@@ -135,8 +135,8 @@ def white_with_alpha():
 
 
 @pytest.mark.parametrize("mask, said", [
-    (two_colours(), "holds more than black and white .*75, 226"),
-    (dark_on_yellow(), "has no black, its darkest level is 18"),
+    (two_colours(), r"holds several colours .#ffff00, #008000.: .*FOREGROUND=#ffff00, for one"),
+    (dark_on_yellow(), "holds several colours .#ffff00, #0000a0."),
     (white_with_alpha(), "has its shape in its transparency"),
 ])
 def test_a_mask_that_is_not_white_on_black_is_refused_and_not_guessed(tmp_path, mask, said):
@@ -150,7 +150,7 @@ def test_transparency_that_says_the_same_as_the_colours_is_no_fault(tmp_path):
 
 
 def test_a_binary_mask_that_holds_class_numbers_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"x\.png end at 15"):
+    with pytest.raises(UserError, match=r"x\.png holds the grey level 15 .*FOREGROUND=15"):
         label_map_of(one(tmp_path, mask=half(top=15)))
 
 
@@ -223,7 +223,8 @@ def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tm
         Image.fromarray(half(top=15)).save(sample.mask)
     with pytest.raises(UserError) as error:
         check_samples(samples, task_of("folder"))
-    assert all(f"{sample.mask} end at 15" in str(error.value) for sample in samples[1:3])
+    assert all(f"{sample.mask} holds the grey level 15" in str(error.value)
+               for sample in samples[1:3])
     for number in range(12):
         pair(root / "test/images", root / "test/masks", f"bad{number:02}")
         Image.fromarray(half(top=15)).save(root / f"test/masks/bad{number:02}.png")
