@@ -141,10 +141,15 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int,
     training = [sample for sample in samples if sample.split == "train"]
     training = [training[index] for index in rng.permutation(len(training))]
     training = [sample for sample in training if sample.place not in skip]
+    unfit: list[str] = []
     if len(task.texts) > 1:
-        candidates = _candidates_per_text(training, task)
+        candidates = _candidates_per_text(training, task, unfit)
     else:
-        candidates = [_trainable(training, task, count)]
+        candidates = [_trainable(training, task, count, unfit)]
+    for reason in unfit[:10]:
+        print(f"not drawn: {reason}")
+    if len(unfit) > 10:
+        print(f"not drawn: {len(unfit) - 10} more")
     order = [int(text) for text in rng.permutation(len(task.texts))]
     drawn: list[tuple[Sample, int]] = []
     seen: set[Sample] = set()
@@ -163,16 +168,21 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int,
             mend = f"set SHOTS={len(drawn)} or less"
         else:
             mend = "add training images whose masks hold foreground and background, 2 at least"
+        first = f"; the first of {len(unfit)} that cannot: {unfit[0]}" if unfit else ""
         raise UserError(f"SHOTS={count} training samples are asked for and {task.name} has "
-                        f"{len(drawn)} that can train: {mend}")
+                        f"{len(drawn)} that can train: {mend}{first}")
     return drawn[:count]
 
 
-def _candidates_per_text(training: list[Sample], task: Task) -> list[list[Sample]]:
-    """For each text of the task the samples that hold it and something else."""
+def _candidates_per_text(training: list[Sample], task: Task,
+                         unfit: list[str]) -> list[list[Sample]]:
+    """For each text of the task the samples that hold it and something else.
+
+    unfit: takes a sentence for each that cannot be used.
+    """
     candidates: list[list[Sample]] = [[] for _ in task.texts]
     for sample in tqdm(training, "reading label maps", disable=distributed.RANK > 0):
-        label_map = _training_map(sample, task)
+        label_map = _training_map(sample, task, unfit)
         if label_map is None or untrainable(label_map):
             continue
         for label in np.setdiff1d(label_map, [0, IGNORE]):
@@ -180,28 +190,28 @@ def _candidates_per_text(training: list[Sample], task: Task) -> list[list[Sample
     return candidates
 
 
-def _trainable(training: list[Sample], task: Task, count: int) -> list[Sample]:
-    """The first `count` samples of a binary task that can train; names those that it leaves out."""
+def _trainable(training: list[Sample], task: Task, count: int, unfit: list[str]) -> list[Sample]:
+    """The first `count` samples of a binary task that can; `unfit` takes why the others cannot."""
     found = []
     for sample in training:
         if len(found) == count:
             break
-        label_map = _training_map(sample, task)
+        label_map = _training_map(sample, task, unfit)
         if label_map is None:
             continue
         if reason := untrainable(label_map):
-            print(f"not drawn: {sample.mask} is {reason}, so it cannot be trained on")
+            unfit.append(f"{sample.mask} is {reason}, so it cannot be trained on")
         else:
             found.append(sample)
     return found
 
 
-def _training_map(sample: Sample, task: Task) -> np.ndarray | None:
-    """The label map of a sample; None, said on stdout, if its image or mask cannot be used."""
+def _training_map(sample: Sample, task: Task, unfit: list[str]) -> np.ndarray | None:
+    """The label map of a sample; None if its image or mask cannot be used, which `unfit` takes."""
     try:
         return load_label_map(sample, task, load_image(sample.image).shape[:2])
     except UserError as error:
-        tqdm.write(f"not drawn: {error}")
+        unfit.append(str(error))
         return None
 
 

@@ -351,6 +351,23 @@ def test_with_several_classes_too_what_cannot_be_read_is_not_drawn(tmp_path, cap
     assert f"not drawn: cannot read {tmp_path / VOC / name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["folder", "voc"])
+def test_where_no_mask_can_be_read_the_sentence_says_why(tmp_path, capsys, name):
+    stems = [f"i{index:02}" for index in range(12)]
+    if name == "voc":
+        samples = list_samples(get_task("voc"), make_voc(tmp_path, train=stems))
+    else:
+        samples, _ = folder_of(tmp_path, 12)
+    for sample in samples:
+        save(sample.mask, picture())
+        sample.mask.write_bytes(sample.mask.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"has 0 that can train: .*; the first of 12 that cannot: "
+                                        r"cannot read .*i\d+\.png as a picture"):
+        draw_shots(samples, task_of(name), 5, 0)
+    out = capsys.readouterr().out
+    assert out.count("not drawn: cannot read") == 10 and "not drawn: 2 more\n" in out
+
+
 def test_voc_draws_as_evenly_over_the_classes_as_the_data_allow(tmp_path):
     stems = [f"v{index}" for index in range(8)]
     make_voc(tmp_path, train=stems, unlisted=())
