@@ -48,6 +48,8 @@ def binary_mask(picture: Image.Image, path: Path, task: Task) -> tuple[np.ndarra
                             "FOREGROUND to a colour (#ff0000), or save it as a PNG")
     picture = ImageOps.exif_transpose(picture)
     alpha = np.asarray(picture.convert("RGBA"))[..., 3] if picture.has_transparency_data else None
+    if alpha is not None and alpha.min() == 255:
+        alpha = None
 
     if task.foreground is not None:
         label_map, how = _as_asked(picture, path, task.foreground)
@@ -189,6 +191,10 @@ def _counts_from_black(picture: Image.Image, path: Path, task: Task) -> bool:
                         "target may be black: save it as white on black, without a palette")
     if palette[0].any():
         return False
+    black = [index for index in used if index and not palette[index].any()]
+    if black:
+        raise _refused(path, task, f"holds the palette index {black[0]}, which is black like 0",
+                       str(black[0]))
     if set(used) <= {0, 1, IGNORE} and 1 in used:
         return True
     coloured = [index for index in used if np.ptp(palette[index].astype(int)) > _NEAR]
@@ -271,9 +277,12 @@ def _split_lossy(levels: np.ndarray, path: Path, task: Task) -> tuple[np.ndarray
 
 
 def _levels_of_their_own(levels: np.ndarray, between: np.ndarray) -> np.ndarray:
-    """Where a level between two is no edge: nothing near it is darker, or nothing is brighter."""
+    """Where a level between two is no edge: nothing near it is darker, or nothing is brighter.
+
+    What lies beyond the picture's border may be both.
+    """
     if not between.any():
         return between
-    darker = ndimage.minimum_filter(levels, 5) < levels
-    brighter = ndimage.maximum_filter(levels, 5) > levels
+    darker = ndimage.minimum_filter(levels, 5, mode="constant", cval=0) < levels
+    brighter = ndimage.maximum_filter(levels, 5, mode="constant", cval=255) > levels
     return between & ~(darker & brighter)
