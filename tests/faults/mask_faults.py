@@ -42,7 +42,7 @@ class Export(NamedTuple):
     picture: Image.Image
     truth: np.ndarray | None  # uint8 label map that it means; None if nothing can be read from it
     suffix: str = ".png"
-    options: dict = {}  # of Pillow's save()  # noqa: RUF012
+    options: dict = {}  # of Pillow's save()
     foreground: str = ""  # the constant FOREGROUND
     edge: int = 0  # pixels on either side of an edge that may be read either way
 
@@ -143,7 +143,8 @@ def lossy(rng: random.Random, scene: Scene) -> Export:
     source = Image.fromarray(scene.soft if rng.random() < 0.5 else np.uint8(255) * scene.target)
     source = source.convert(rng.choice(("L", "RGB")))
     suffix, options = rng.choice([
-        (".jpg", {"quality": rng.randrange(60, 101)}), (".webp", {"quality": rng.randrange(70, 99)}),
+        (".jpg", {"quality": rng.randrange(60, 101)}),
+        (".webp", {"quality": rng.randrange(70, 99)}),
         (".tif", {"compression": "jpeg", "quality": 90})])
     return Export(source, scene.target.astype(np.uint8), suffix, options, edge=2)
 
@@ -209,10 +210,13 @@ def class_numbers(rng: random.Random, scene: Scene) -> Export:
     picture = rng.choice((Image.fromarray(numbers), paletted(numbers, VOC),
                           Image.fromarray(numbers).convert("RGB")))
     suffix = rng.choice((".png", ".png", ".jpg", ".tif"))
-    if set(np.unique(numbers)) <= {0, 255}:  # it shows one class at most, or a ring alone
+    if suffix == ".jpg" and ((numbers > 40) & (numbers < 215)).sum() < 200:
+        suffix = ".png"  # in a JPEG, few or dark ones look like noise
+    if set(np.unique(numbers)) <= {0, 1, 255}:  # which is no fault
         return white(rng, scene)
-    return Export(picture.convert("L") if suffix == ".jpg" else picture, None, suffix,
-                  {"quality": 90} if suffix == ".jpg" else {})
+    if suffix == ".jpg":
+        return Export(Image.fromarray(numbers), None, suffix, {"quality": 90})
+    return Export(picture, None, suffix)
 
 
 def class_colours(rng: random.Random, scene: Scene) -> Export:
