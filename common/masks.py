@@ -15,7 +15,7 @@ IGNORE = 255  # label of pixels without a truth (VOC's outlines)
 WHITE, RING = "0 and 255", "0, 1 and 255 = ignored"  # ways to read 255, see `contradiction`
 _NEAR = 16  # levels: so near to black, to the brightest level or to a colour is the same
 _LOSSY_NEAR = 40  # the same after JPEG
-_FEW = 16  # a lossless mask of so many levels or fewer has no noise
+_FEW = 8  # a lossless mask of so many levels or fewer has no noise
 _PHOTOMETRIC = 262  # the tag of a TIFF that says whether 0 is black; it is white if the tag is 0
 
 
@@ -48,6 +48,8 @@ def binary_mask(picture: Image.Image, path: Path, task: Task) -> tuple[np.ndarra
                             "FOREGROUND to a colour (#ff0000), or save it as a PNG")
     picture = ImageOps.exif_transpose(picture)
     alpha = np.asarray(picture.convert("RGBA"))[..., 3] if picture.has_transparency_data else None
+    if alpha is not None and alpha.min() == 255:
+        alpha = None
 
     if task.foreground is not None:
         label_map, how = _as_asked(picture, path, task.foreground)
@@ -184,11 +186,15 @@ def _counts_from_black(picture: Image.Image, path: Path, task: Task) -> bool:
     palette, and for an inverted grey one, of which ImageJ's target is black.
     """
     palette, used = _palette(picture), np.unique(np.asarray(picture)).tolist()
-    if palette[0].all() and not palette[IGNORE].any() and len(used) <= 2 and IGNORE in used:
+    if (palette == np.arange(255, -1, -1)[:, None]).all():
         raise UserError(f"{path} has an inverted palette, in which 255 is black, so that its "
                         "target may be black: save it as white on black, without a palette")
     if palette[0].any():
         return False
+    black = [index for index in used if index and not palette[index].any()]
+    if black:
+        raise _refused(path, task, f"holds the palette index {black[0]}, which is black like 0",
+                       str(black[0]))
     if set(used) <= {0, 1, IGNORE} and 1 in used:
         return True
     coloured = [index for index in used if np.ptp(palette[index].astype(int)) > _NEAR]
@@ -243,12 +249,12 @@ def _split(levels: np.ndarray, path: Path, task: Task) -> tuple[np.ndarray, str]
         raise _refused(path, task, f"has no black, its darkest level is {base}", str(top))
     noisy = any(top - _NEAR < level < top for level in found)
     between = (levels > (_NEAR if noisy else base)) & (levels < top - _NEAR)
-    own = _levels_of_their_own(levels, between)
+    own = _levels_of_their_own(levels, between, noise=0)
     white = levels > 127
     if own.sum() > (0 if len(found) <= _FEW else 0.01 * white.sum()):
         example = int(np.bincount(levels[own]).argmax())
         raise _refused(path, task, f"holds more than black and white ({listed})", str(example))
-    if between.mean() > 1 / 3:
+    if between.mean() > 0.5:
         raise _refused(path, task, "has all levels, like a photograph")
     ends = WHITE if top - base > 255 - 2 * _NEAR else f"{base} and {top}"
     return white.astype(np.uint8), ends if len(found) > 1 else str(top)
@@ -265,15 +271,19 @@ def _split_lossy(levels: np.ndarray, path: Path, task: Task) -> tuple[np.ndarray
         return white.astype(np.uint8), "0 with loss"
     if top <= 127:
         raise _refused(path, task, f"is compressed with loss, and its levels end at {top}")
-    if _levels_of_their_own(levels, between).sum() > 0.02 * white.sum() or between.mean() > 1 / 3:
+    own = _levels_of_their_own(levels, between, noise=24)
+    if own.sum() > 0.02 * white.sum() or between.mean() > 0.5:
         raise _refused(path, task, "is compressed with loss, and holds more than black and white")
     return white.astype(np.uint8), "black and white with loss, parted at 127"
 
 
-def _levels_of_their_own(levels: np.ndarray, between: np.ndarray) -> np.ndarray:
-    """Where a level between two is no edge: nothing near it is darker, or nothing is brighter."""
+def _levels_of_their_own(levels: np.ndarray, between: np.ndarray, noise: int) -> np.ndarray:
+    """Where a level between two is no edge: nothing near it is darker, or nothing is brighter.
+
+    noise: differences up to it do not count. What lies beyond the picture's border may be both.
+    """
     if not between.any():
         return between
-    darker = ndimage.minimum_filter(levels, 5) < levels
-    brighter = ndimage.maximum_filter(levels, 5) > levels
-    return between & ~(darker & brighter)
+    darkest = ndimage.minimum_filter(levels, 5, mode="constant", cval=0)
+    brightest = ndimage.maximum_filter(levels, 5, mode="constant", cval=255)
+    return between & ((levels - darkest <= noise) | (brightest - levels <= noise))
