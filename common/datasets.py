@@ -105,7 +105,8 @@ def left_out(skip: list[str], samples: list[Sample], cached: Collection[str] = (
     """What `skip` (see `read_skip`) names, as `Sample.place`; it is said on stdout.
 
     cached: places of images that an earlier cache holds or left out; they may be gone from the
-    disk. Raises UserError for an item that names no sample, or one in each split.
+    disk. Raises UserError for an item that names no sample, or one in each split, and where no
+    test image is left.
     """
     places = {sample.place for sample in samples} | set(cached)
     chosen = {item: {item, f"train/{item}", f"test/{item}"} & places for item in skip}
@@ -116,6 +117,8 @@ def left_out(skip: list[str], samples: list[Sample], cached: Collection[str] = (
         raise UserError(f"SKIP names {some(twice)}, and both splits have it: write "
                         f"train/{twice[0]} or test/{twice[0]}")
     places = set().union(*chosen.values())
+    if places.issuperset(sample.place for sample in samples if sample.split == "test"):
+        raise UserError("SKIP leaves no test image: take some of its names out")
     if places:
         print(f"left out by SKIP: {some(sorted(places))}")
     return places

@@ -510,6 +510,12 @@ def test_a_name_in_skip_that_no_sample_has_is_named(tmp_path, typed, named):
     assert left_out(["lost"], samples, cached=["test/lost"]) == {"test/lost"}
 
 
+def test_skip_must_leave_a_test_image(tmp_path):
+    samples = list_samples(task_of("folder"), make(tmp_path, "folder"))
+    with pytest.raises(UserError, match="SKIP leaves no test image"):
+        left_out(["test_a", "test_b"], samples)
+
+
 def test_a_skipped_training_sample_is_replaced_and_the_others_stay(tmp_path):
     samples, task = folder_of(tmp_path, 12)
     before = draw_shots(samples, task, 6, seed=0)
