@@ -7,7 +7,7 @@ from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from common.images import QUARTER_TURNS, Sample, image_size, opened, orientation_of
-from common.masks import IGNORE, binary_mask, contradiction, refuse_few_bits
+from common.masks import IGNORE, binary_mask, contradiction, refuse_few_bits, stored_bits
 from common.runtime import distributed
 from common.runtime.errors import UserError
 from common.tasks import Task
@@ -37,11 +37,12 @@ def load_label_map(sample: Sample, task: Task, image_size: tuple[int, int]) -> n
 def read_mask(sample: Sample, task: Task, image_size: tuple[int, int]) -> tuple[np.ndarray, str]:
     """The label map of `load_label_map`, and how the mask was read: "0 and 255", for one."""
     with opened(sample.mask) as picture:
+        bits = stored_bits(picture)  # first, as a PNG forgets them when its EXIF data are read
         has_own_turn = orientation_of(picture) != 1
         if task.dataset == "voc":
-            label_map, how = _voc_label_map(picture, sample, task), "palette indices"
+            label_map, how = _voc_label_map(picture, bits, sample, task), "palette indices"
         else:
-            label_map, how = binary_mask(picture, sample.mask, task)
+            label_map, how = binary_mask(picture, bits, sample.mask, task)
     if not task.white_is_foreground:
         label_map = np.where(label_map == IGNORE, IGNORE, 1 - label_map).astype(np.uint8)
     if label_map.shape == tuple(image_size):
@@ -99,7 +100,7 @@ def untrainable(label_map: np.ndarray) -> str | None:
     return None
 
 
-def _voc_label_map(picture: Image.Image, sample: Sample, task: Task) -> np.ndarray:
+def _voc_label_map(picture: Image.Image, bits: int, sample: Sample, task: Task) -> np.ndarray:
     """The label map of a mask of palette indices; raises UserError if one is not a class."""
     if picture.mode not in ("P", "L"):
         raise UserError(f"{sample.mask} holds {picture.mode} pixels and no palette indices: take "
@@ -108,7 +109,7 @@ def _voc_label_map(picture: Image.Image, sample: Sample, task: Task) -> np.ndarr
     if picture.format != "PNG":
         raise UserError(f"{sample.mask} is a {picture.format} inside, which may change the class "
                         "numbers: save it as a PNG of palette indices")
-    refuse_few_bits(picture, sample.mask)
+    refuse_few_bits(picture, bits, sample.mask)
     # the indices of a palette picture; convert() would give colours
     label_map = np.array(ImageOps.exif_transpose(picture))
     wrong = np.setdiff1d(label_map, [*range(len(task.texts) + 1), IGNORE])

@@ -19,8 +19,11 @@ _FEW = 8  # a lossless mask of so many levels or fewer has no noise
 _PHOTOMETRIC = 262  # the tag of a TIFF that says whether 0 is black; it is white if the tag is 0
 
 
-def binary_mask(picture: Image.Image, path: Path, task: Task) -> tuple[np.ndarray, str]:
+def binary_mask(picture: Image.Image, bits: int, path: Path,
+                task: Task) -> tuple[np.ndarray, str]:
     """The label map of the binary mask in `path`, and how it was read, in a few words.
+
+    bits: `stored_bits(picture)`, taken before anything else was asked of the picture.
 
     The label map is uint8 (H, W): 1 is foreground, 0 background, and `IGNORE` has no truth. These
     masks are read, and any other is refused with a UserError that names it and what it holds:
@@ -36,13 +39,12 @@ def binary_mask(picture: Image.Image, path: Path, task: Task) -> tuple[np.ndarra
     if is_grey_tiff and picture.tag_v2.get(_PHOTOMETRIC) == 0:  # ImageJ's, with black targets
         raise UserError(f"{path} is a TIFF in which 0 is white, so that its target may be black: "
                         "save it as a PNG, white on black")
-    deep_colours = picture.mode[0] != "I" and any(";16" in str(tile) for tile in picture.tile)
     lossy, file_format = _is_lossy(picture, path), picture.format
     if task.foreground is not None and lossy:
         raise UserError(f"{path} is compressed with loss, so that FOREGROUND cannot be told from "
                         "other levels: save it as a PNG")
     if isinstance(task.foreground, int):
-        refuse_few_bits(picture, path)
+        refuse_few_bits(picture, bits, path)
         if file_format == "GIF":
             raise UserError(f"{path} is a GIF, whose palette indices change when it is saved: set "
                             "FOREGROUND to a colour (#ff0000), or save it as a PNG")
@@ -63,7 +65,7 @@ def binary_mask(picture: Image.Image, path: Path, task: Task) -> tuple[np.ndarra
         if alpha is not None:
             rgb = (rgb * (alpha[..., None] / 255)).astype(np.uint8)
         levels, colour = _on_one_axis(rgb, lossy, path, task)
-        if deep_colours and levels.max() <= 1:
+        if bits == 16 and picture.mode[0] != "I" and levels.max() <= 1:
             raise UserError(f"{path} has 16 bits a channel and would be read as black: save it "
                             "with 8 bits a channel")
         split = _split_lossy if lossy else _split
@@ -93,9 +95,15 @@ def contradiction(hows: dict[str, str]) -> str | None:
     return None
 
 
-def refuse_few_bits(picture: Image.Image, path: Path) -> None:
-    """Raises UserError for a PNG of 2 or 4 bits of grey: Pillow scales its numbers to 0 to 255."""
-    if any(";2" in str(tile) or ";4" in str(tile) for tile in picture.tile) and picture.mode == "L":
+def stored_bits(picture: Image.Image) -> int:
+    """Bits a channel of a picture that is just opened: 2, 4 or 16; 8 stands for any other."""
+    raw_mode = re.search(r";(2|4|16)", str(picture.tile))
+    return int(raw_mode.group(1)) if raw_mode else 8
+
+
+def refuse_few_bits(picture: Image.Image, bits: int, path: Path) -> None:
+    """Raises UserError for grey of 2 or 4 bits: Pillow scales its numbers to 0 to 255."""
+    if bits < 8 and picture.mode == "L":
         raise UserError(f"{path} has fewer than 8 bits of grey, so that its numbers are not known: "
                         "save it with 8 bits a pixel")
 
@@ -251,7 +259,7 @@ def _split(levels: np.ndarray, path: Path, task: Task) -> tuple[np.ndarray, str]
     between = (levels > (_NEAR if noisy else base)) & (levels < top - _NEAR)
     own = _levels_of_their_own(levels, between, noise=0)
     white = levels > 127
-    if own.sum() > (0 if len(found) <= _FEW else 0.01 * white.sum()):
+    if own.sum() > (0 if len(found) <= _FEW else 0.02 * white.sum()):
         example = int(np.bincount(levels[own]).argmax())
         raise _refused(path, task, f"holds more than black and white ({listed})", str(example))
     if between.mean() > 0.5:

@@ -390,6 +390,12 @@ def test_another_sam_is_named_itself_not_by_the_shape_of_its_embedding(complete)
         CacheWriter.open_or_create(complete, layout, ATTRIBUTES | {"sam": "demo"})
 
 
+def test_a_constant_that_is_stored_only_where_it_is_set_may_not_be_left_out(path):
+    CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES | {"foreground": "3"})
+    with pytest.raises(UserError, match="FOREGROUND=3, and now it is empty"):
+        CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES)
+
+
 def test_another_time_and_other_library_versions_are_no_contradiction(complete):
     later = ATTRIBUTES | {"time": "now", "versions": {"torch": "2.7"}}
     with CacheWriter.open_or_create(complete, LAYOUT, later) as writer:

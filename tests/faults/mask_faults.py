@@ -272,7 +272,8 @@ def dark_lossy(rng: random.Random, scene: Scene) -> Export:
     """A JPEG or WebP whose target is not white, or of colours."""
     suffix, options = rng.choice(((".jpg", {"quality": 90}), (".webp", {"quality": 90})))
     if rng.random() < 0.5:
-        faint = (1, 3) if suffix == ".jpg" else ()  # WebP would lose them
+        large = suffix == ".jpg" and scene.target.sum() > 200
+        faint = (1, 3) if large else ()  # otherwise they would be lost without a trace
         levels = scene.target * np.uint8(rng.choice((*faint, 30, 100, 128, 150, 190)))
         truth = scene.target.astype(np.uint8)
         return Export(Image.fromarray(levels.astype(np.uint8)), truth, suffix, options, edge=2)
