@@ -12,9 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,25 +20,30 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.cache_file import PICTURE, CacheWriter, Layout
-from common.datasets import draw_shots, list_samples
+from common.cache import Cache
+from common.cache_file import PICTURE, CacheWriter, Layout, known_places
+from common.datasets import draw_shots, left_out, list_samples, read_skip
 from common.frozen.clip_surgery import ClipSurgery
 from common.frozen.clip_weights import load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder
 from common.frozen.sam_weights import load_sam, sam_fingerprint
-from common.images import Sample, load_image
-from common.label_maps import check_samples, load_label_map
+from common.images import Sample
+from common.label_maps import check_samples
+from common.prepare import mask_summary, open_task, read_sample
+from common.results.data_sheet import draw_data
 from common.runtime import checkpoint, distributed, files, script, settings
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
-from common.tasks import Task, get_task, with_prompt
+from common.tasks import Task
 
 # what is segmented
 TASK = "demo_saliency"  # demo_blur|shadow|mirror|saliency|semantic, cuhk|sbu|msd|duts|voc, folder
 DATA_DIR = ""  # where the data set lies; empty = data/<TASK>
 PROMPT = ""  # the target's text: of TASK = "folder", or in place of another task's one text
+SKIP = ""  # samples to leave out: name or split/name, joined by commas, or a .txt list of names
 CUHK_WHITE_IS_BLURRED = True  # copies of CUHK differ in what white means; false: white is sharp
+FOREGROUND = ""  # in masks of several levels or colours (TASK=folder): 3, #ff0000 or any
 SHOTS = 50  # labelled training samples drawn (paper, section 4)
 SEED = 0  # of that draw
 
@@ -73,8 +76,7 @@ class Decoded(NamedTuple):
 
 def decode(row: int, sample: Sample, task: Task, frozen: FrozenModels) -> Decoded:
     """Reads one image and its mask; runs in a thread of its own."""
-    image = load_image(sample.image)
-    label_map = load_label_map(sample, task, image.shape[:2])
+    image, label_map = read_sample(sample, task)
     picture = Image.fromarray(image).resize((PICTURE, PICTURE), Image.BILINEAR)
     return Decoded(row, frozen.see(image), label_map, np.asarray(picture))
 
@@ -99,24 +101,21 @@ def main() -> None:
         raise UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one "
                         "that does")
     device = distributed.own(script.device(DEVICE))
-    task = with_prompt(get_task(TASK, PROMPT), PROMPT)
-    if TASK == "cuhk":
-        task = replace(task, white_is_foreground=CUHK_WHITE_IS_BLURRED)
-    data_dir = Path(DATA_DIR or f"data/{TASK}").expanduser()
-    if TASK.startswith("demo_") and not DATA_DIR:
-        from common.standin.scenes import write_dataset
-        with distributed.rank_0_first():
-            write_dataset(TASK.removeprefix("demo_"), data_dir)
-    elif "demo" in (SAM, CLIP):
-        print("SAM=demo and CLIP=demo are small stand-ins: see the README for the real models")
+    task, data_dir = open_task(globals())
+    run_dir = script.run_dir(RUN_DIR, TASK)
+    path = script.cache_path(FEATURES, run_dir)
 
     # the images: the drawn training samples and the whole test set
-    samples = list_samples(task, data_dir)
-    drawn = draw_shots(samples, task, SHOTS, SEED)  # (sample, text index) pairs
+    asked = read_skip(SKIP)
+    samples = list_samples(task, data_dir, asked)
+    skip = left_out(asked, samples, known_places(path))
+    drawn = draw_shots(samples, task, SHOTS, SEED, skip)  # (sample, text index) pairs
     shots = list(dict.fromkeys(sample for sample, _ in drawn))  # once, though drawn for two classes
-    images = shots + [sample for sample in samples if sample.split == "test"]
+    images = shots + [sample for sample in samples
+                      if sample.split == "test" and sample.place not in skip]
     row_of = {sample: row for row, sample in enumerate(images)}
-    sizes = check_samples(images, task)
+    checked = check_samples(images, task)
+    print(mask_summary(images, checked))
 
     # the frozen models
     with distributed.rank_0_first():  # weights are downloaded once
@@ -129,7 +128,8 @@ def main() -> None:
     # the cache, laid out before the first image
     layout = Layout(
         names=[sample.name for sample in images], splits=[sample.split for sample in images],
-        sizes=sizes, texts=task.texts, shots=[(row_of[sample], text) for sample, text in drawn],
+        sizes=[sample.size for sample in checked], texts=task.texts,
+        shots=[(row_of[sample], text) for sample, text in drawn],
         embedding=(sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size),
         frame=IMAGE_SIZE, patch=PATCH_SIZE)
     packages = ("torch", "segment_anything", "open_clip_torch")
@@ -139,12 +139,14 @@ def main() -> None:
         "clip_size": clip_size, "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
         "precision": "bf16" if embedder.bf16 else "fp32",
         **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),
+        **({"skip": sorted(skip)} if skip else {}),
+        **({"foreground": str(task.foreground)} if task.foreground is not None else {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "versions": {name: importlib.metadata.version(name) for name in packages}}
-    path = script.cache_path(FEATURES, script.run_dir(RUN_DIR, TASK))
+    there = {sample.place for sample in samples}
     with distributed.rank_0_first():  # the file is laid out once
         files.lock(path.parent)
-        writer = CacheWriter.open_or_create(path, layout, made_with)
+        writer = CacheWriter.open_or_create(path, layout, made_with, there)
 
     # F and M_c of the images that are missing, a share for each of torchrun's processes
     def compute(batch: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +168,9 @@ def main() -> None:
 
     print(f"{len(images)} images ({len(drawn)} training samples), "
           f"{path.stat().st_size / 1e6:.0f} MB")
-    script.goodbye([path], script.command("02_train_srm.py", globals()))
+    if distributed.RANK == 0:
+        draw_data(Cache.open(path, TASK), run_dir / "data.png")
+    script.goodbye([path, run_dir / "data.png"], script.command("02_train_srm.py", globals()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Pictures on disk: how they are opened, turned and converted, whatever their format."""
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,16 @@ class Sample:
     mask: Path
     split: Literal["train", "test"]
 
+    @property
+    def place(self) -> str:
+        """split/name, which no other sample has."""
+        return f"{self.split}/{self.name}"
+
+
+def composed(name: str) -> str:
+    """A name with accents as single characters; macOS may write letter and accent as two."""
+    return unicodedata.normalize("NFC", name)
+
 
 def load_image(path: Path) -> np.ndarray:
     """The picture as uint8 (H, W, 3) RGB, turned as its EXIF data say.
@@ -38,19 +49,29 @@ def load_image(path: Path) -> np.ndarray:
 def image_size(path: Path) -> tuple[int, int]:
     """(H, W) of what `load_image` returns, without decoding a JPEG.
 
-    Pillow reads a PNG to its end to find the EXIF data. Raises UserError naming a file that cannot
-    be read.
+    Pillow reads a PNG to its end to find the EXIF data, and turns a TIFF when it decodes it. Raises
+    UserError naming a file that cannot be read.
     """
     with opened(path) as picture:
+        if picture.format == "TIFF":
+            picture.load()
         width, height = picture.size
         return (width, height) if orientation_of(picture) in QUARTER_TURNS else (height, width)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """The picture at `path`; raises UserError, naming it, if it cannot be opened or decoded."""
+    """The picture at `path`; raises UserError, naming it, if it cannot be opened or decoded.
+
+    A file of several pages or frames is refused too, as only the first would be read. The second
+    picture in the JPEG of a camera (MPO) is a preview or a depth map, and is passed over.
+    """
     try:
         with Image.open(path) as picture:
+            if getattr(picture, "is_animated", False) and picture.format != "MPO":
+                raise UserError(f"{path} holds {picture.n_frames} pages or frames: save the one "
+                                "that is meant as a file of its own")
+            picture.filename = ""  # or Pillow maps the file, and garbles TIFFs that are turned
             yield picture
     except UserError:
         raise

@@ -39,9 +39,9 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
-def overlay(picture: np.ndarray, mask: np.ndarray,
-            size: tuple[int, int] = (PANEL, PANEL)) -> Image.Image:
-    """A picture with a mask laid over it in blue, with a white outline.
+def overlay(picture: np.ndarray, mask: np.ndarray, size: tuple[int, int] = (PANEL, PANEL),
+            colour: tuple[int, int, int] = MASK_COLOUR) -> Image.Image:
+    """A picture with a mask laid over it in a colour, with a white outline.
 
     picture: uint8 (H, W, 3). mask: bool (H', W'). size: (width, height) of what is returned.
     """
@@ -49,7 +49,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray,
     where = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.NEAREST)
     outline = ImageChops.subtract(where.filter(ImageFilter.MaxFilter(3)), where)
     share = where.point(lambda value: value * MASK_SHARE)
-    base = Image.composite(Image.new("RGB", base.size, MASK_COLOUR), base, share)
+    base = Image.composite(Image.new("RGB", base.size, colour), base, share)
     return Image.composite(Image.new("RGB", base.size, (255, 255, 255)), base, outline)
 
 
