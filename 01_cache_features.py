@@ -103,7 +103,8 @@ def main() -> None:
     device = distributed.own(script.device(DEVICE))
     task, data_dir = open_task(globals())
     run_dir = script.run_dir(RUN_DIR, TASK)
-    path = script.cache_path(FEATURES, run_dir)
+    path, sheet = script.cache_path(FEATURES, run_dir), run_dir / "data.png"
+    files.require_ours(sheet)
 
     # the images: the drawn training samples and the whole test set
     asked = read_skip(SKIP)
@@ -169,8 +170,8 @@ def main() -> None:
     print(f"{len(images)} images ({len(drawn)} training samples), "
           f"{path.stat().st_size / 1e6:.0f} MB")
     if distributed.RANK == 0:
-        draw_data(Cache.open(path, TASK), run_dir / "data.png")
-    script.goodbye([path, run_dir / "data.png"], script.command("02_train_srm.py", globals()))
+        draw_data(Cache.open(path, TASK), sheet)
+    script.goodbye([path, sheet], script.command("02_train_srm.py", globals()))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from PIL import Image, ImageDraw
 
 from common.cache import Cache
 from common.results.own_images import palette
-from common.results.pictures import MASK_COLOUR, PANEL, overlay
-from common.runtime.files import write_atomic
+from common.results.pictures import MASK_COLOUR, PANEL, overlay, save_picture
 
 SHOWN, COLUMNS, GAP, LINE = 8, 4, 4, 18  # images, images a row, pixels between, pixels of a line
 
@@ -27,7 +26,7 @@ def draw_data(cache: Cache, path: Path) -> None:
     sheet = Image.new("RGB", (columns * width - GAP, lines * height - GAP), "white")
     for index, panel in enumerate(panels):
         sheet.paste(panel, (index % columns * width, index // columns * height))
-    write_atomic(path, lambda temporary: sheet.save(temporary, "PNG"))
+    save_picture(sheet, path)
 
 
 def _panel(cache: Cache, row: int) -> Image.Image:
