@@ -31,7 +31,7 @@ from common.frozen.sam_weights import load_sam, sam_fingerprint
 from common.images import Sample
 from common.label_maps import check_samples
 from common.prepare import mask_summary, open_task, read_sample
-from common.results.data_sheet import draw_data
+from common.results.data_sheet import draw_data, foreground_line
 from common.runtime import checkpoint, distributed, files, script, settings
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
@@ -170,7 +170,9 @@ def main() -> None:
     print(f"{len(images)} images ({len(drawn)} training samples), "
           f"{path.stat().st_size / 1e6:.0f} MB")
     if distributed.RANK == 0:
-        draw_data(Cache.open(path, TASK), sheet)
+        cache = Cache.open(path, TASK)
+        draw_data(cache, sheet)
+        print(foreground_line(cache, task.paper))
     script.goodbye([path, sheet], script.command("02_train_srm.py", globals()))
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def list_samples(task: Task, data_dir: str | Path, skip: Collection[str] = ()) -
     """All samples of a task, training before test, each sorted by name; no picture is opened.
 
     data_dir: the folder that holds the folders of `FOLDERS[task.dataset]`; one of them may have a
-    like name (Images for image), which is said on stdout.
+    like name (Images for image), which is said on stdout. The task "folder" may lack its test
+    folders: then test samples are held out of the others, see `_hold_out`.
     skip: names, or split/names, of samples that will not be used. They are listed too, so that the
     draw of the others does not hang on them, but a file of theirs may be missing.
     Raises UserError if folders are missing (naming them and where to get the data set), if an
@@ -52,7 +54,7 @@ def list_samples(task: Task, data_dir: str | Path, skip: Collection[str] = ()) -
     """
     data_dir, found = _find_folders(task, Path(data_dir).expanduser())
     folders = {split: (found[images], found[masks])
-               for split, (images, masks) in FOLDERS[task.dataset].items()}
+               for split, (images, masks) in FOLDERS[task.dataset].items() if images in found}
     in_either = _names_of("train", _names_of("test", skip))
     if task.dataset == "cuhk":
         samples = _cuhk(task, data_dir, *folders["both"], in_either)
@@ -64,11 +66,32 @@ def list_samples(task: Task, data_dir: str | Path, skip: Collection[str] = ()) -
                    for split, (images, masks) in folders.items()
                    for name, image, mask in _pairs(images, masks, _names_of(split, skip),
                                                    of_duts=task.dataset == "duts")]
+    if list(folders) == ["train"]:
+        samples = _hold_out(samples)
     for split in ("train", "test"):
         if not any(sample.split == split for sample in samples):
             raise UserError(f"{task.title}: no {split} images in {data_dir}, add some "
                             f"({', '.join(EXTENSIONS)}) with their masks")
     return samples
+
+
+def _hold_out(samples: list[Sample]) -> list[Sample]:
+    """A fifth of the samples, 2 at least and 100 at most, as test samples; said on stdout.
+
+    They are drawn at random, but by a seed of its own: whichever training samples are drawn, the
+    test samples are the same.
+    """
+    count = min(max(round(len(samples) / 5), 2), 100)
+    held_out = set(np.random.default_rng(0).permutation(len(samples))[:count].tolist())
+    samples = [replace(sample, split="test") if index in held_out else sample
+               for index, sample in enumerate(samples)]
+    names = [sample.name for sample in samples if sample.split == "test"]
+    print(f"there is no test folder: {count} of {len(samples)} samples are held out to test on: "
+          f"{some(names)}")
+    if len(samples) < 10:
+        print(f"a test on {count} images tells little: the next ones may well do much better or "
+              "worse")
+    return sorted(samples, key=lambda sample: sample.split == "test")
 
 
 def read_list(file: Path) -> list[str]:
@@ -138,7 +161,8 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int,
     text and something else, as evenly over the texts as the data allow. An image is drawn for a
     second text only if no other is left, and never twice for the same text.
     skip: places (`Sample.place`) that are not drawn; others take theirs.
-    Raises UserError if there are too few.
+    Raises UserError if there are too few; the task "folder" takes what it has, 2 at least, and
+    says so.
     """
     rng = np.random.default_rng(seed)
     training = [sample for sample in samples if sample.split == "train"]
@@ -166,7 +190,9 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int,
             left.remove(sample)
             seen.add(sample)
             drawn.append((sample, text))
-    if len(drawn) < count:
+    if task.name == "folder" and 2 <= len(drawn) < count:
+        print(f"SHOTS={count}: all {len(drawn)} samples that can train are taken")
+    elif len(drawn) < count:
         if len(drawn) > 1:
             mend = f"set SHOTS={len(drawn)} or less"
         else:
@@ -226,10 +252,12 @@ def _find_folders(task: Task, data_dir: Path) -> tuple[Path, dict[str, Path]]:
     """
     folders = list(chain(*FOLDERS[task.dataset].values()))
     lists = list(_VOC_LISTS.values()) if task.dataset == "voc" else []
-    expected = folders + lists
 
     def search(root: Path) -> dict[str, Path | list[str]]:
-        return {path: _find(root, path) for path in expected}
+        found = {path: _find(root, path) for path in folders + lists}
+        if task.name == "folder" and _find(root, "test") == []:  # it may be left out
+            found = {path: place for path, place in found.items() if not path.startswith("test")}
+        return found
 
     def is_whole(found: dict[str, Path | list[str]]) -> bool:
         return all(isinstance(path, Path) for path in found.values())

@@ -322,13 +322,42 @@ def test_empty_and_full_masks_are_named_and_passed_over(tmp_path, capsys):
     assert {sample.name for sample, _ in draw_shots(samples, task, 2, 0)} == {"i0", "i2"}
     drawn = capsys.readouterr().out
     with pytest.raises(UserError, match="SHOTS=3 .* set SHOTS=2 or less"):
-        draw_shots(samples, task, 3, 0)
+        draw_shots(samples, get_task("msd"), 3, 0)
     drawn += capsys.readouterr().out
     masks = tmp_path / "train/masks"
     (masks / "i0.png").write_bytes((masks / "i1.png").read_bytes())
     with pytest.raises(UserError, match="has 1 that can train: add training images"):
         draw_shots(samples, task, 2, 0)
     assert "i1.png is full" in drawn and "i3.png is empty" in drawn
+
+
+def test_a_folder_with_fewer_samples_than_shots_gives_all_it_has_and_says_so(tmp_path, capsys):
+    samples, task = folder_of(tmp_path, 4)
+    assert len(draw_shots(samples, task, 50, 0)) == 4
+    assert "SHOTS=50: all 4 samples that can train are taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("pairs", "tested"), [(4, 2), (12, 2), (50, 10), (600, 100)])
+def test_a_folder_without_test_images_holds_some_out(tmp_path, capsys, pairs, tested):
+    for index in range(pairs):
+        for kind in ("images", "masks"):
+            (tmp_path / "train" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "train" / kind / f"i{index}.png").touch()
+    samples = list_samples(task_of("folder"), tmp_path)
+    assert len(names(samples, "test")) == tested and len(names(samples, "train")) == pairs - tested
+    assert len(set(names(samples, "test")) | set(names(samples, "train"))) == pairs
+    assert samples == list_samples(task_of("folder"), tmp_path)
+    said = capsys.readouterr().out
+    assert f"{tested} of {pairs} samples are held out to test on: " in said
+    assert names(samples, "test")[0] in said
+    assert ("tells little" in said) == (pairs < 10)
+
+
+def test_a_test_folder_that_lacks_its_masks_is_not_held_out_for(tmp_path):
+    folder_of(tmp_path, 12)
+    (tmp_path / "test" / "masks").rename(tmp_path / "test" / "others")
+    with pytest.raises(UserError, match="has no test/masks"):
+        list_samples(task_of("folder"), tmp_path)
 
 
 @pytest.mark.parametrize("broken", ["images/i1.jpg", "masks/i1.png"])

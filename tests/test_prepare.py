@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.cache import Cache
 from common.cache_file import CacheWriter
 from common.images import Sample
 from common.label_maps import Checked
 from common.prepare import mask_summary, read_sample
+from common.results.data_sheet import foreground_line
+from common.results.paper import paper_row
 from common.results.pictures import MASK_COLOUR
 from common.runtime import distributed
 from common.runtime.errors import UserError
@@ -160,3 +163,26 @@ def test_a_sample_that_cannot_be_read_names_skip(tmp_path):
     sample.mask.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"x\.png as a picture .*by SKIP=train/x$"):
         read_sample(sample, task_of("folder"))
+
+
+def test_the_foreground_under_the_patches_is_held_against_the_papers(stage_1, capsys, monkeypatch):
+    stage_1()
+    with h5py.File(CACHE) as file:
+        tested = file["split"][:] == b"test"
+        share = (file["truth_centres"][:][tested] == 1).mean()
+    said = f"foreground under the patch centres of the test images: {share:.1%}"
+    assert said + "\n" in capsys.readouterr().out
+    cache = Cache.open(CACHE, "folder")
+    assert foreground_line(cache, None) == said
+    near, far = share + 0.09, share + 0.11
+    for figure in (near, far):
+        monkeypatch.setattr("common.results.data_sheet.paper_row",
+                            lambda key, figure=figure: {"w/o RL": {"FR": 100 * figure}})
+        line = foreground_line(cache, "duts")
+        assert line.startswith(f"{said} (the paper's random patches: {figure:.1%})")
+        assert ("WARNING" in line) == (figure == far)
+
+
+def test_the_paper_has_the_foreground_rate_of_each_of_its_data_sets():
+    rates = {key: paper_row(key)["w/o RL"]["FR"] for key in ("cuhk", "sbu", "msd", "duts", "voc")}
+    assert rates == {"cuhk": 63.8, "sbu": 18.3, "msd": 22.8, "duts": 14.6, "voc": 23.2}

@@ -1,4 +1,4 @@
-"""data.png: some of the drawn training images with their ground truth, as stage 1 read it."""
+"""What stage 1 shows of the data as it read them: data.png, and a line beside the paper's."""
 
 from pathlib import Path
 
@@ -7,8 +7,10 @@ from PIL import Image, ImageDraw
 
 from common.cache import Cache
 from common.results.own_images import palette
+from common.results.paper import paper_row
 from common.results.pictures import MASK_COLOUR, PANEL, overlay, save_picture
 
+FAR = 0.10  # a difference of foreground rates that no like test set has
 SHOWN, COLUMNS, GAP, LINE = 8, 4, 4, 18  # images, images a row, pixels between, pixels of a line
 
 
@@ -27,6 +29,24 @@ def draw_data(cache: Cache, path: Path) -> None:
     for index, panel in enumerate(panels):
         sheet.paste(panel, (index % columns * width, index // columns * height))
     save_picture(sheet, path)
+
+
+def foreground_line(cache: Cache, paper: str | None) -> str:
+    """How much foreground the test samples have under their patch centres, beside the paper's.
+
+    That is what patches chosen at random hit, so the paper's figure is that of its random agent.
+    paper: the task's key in the paper's tables, None if it has none.
+    """
+    rate = (cache.truth_centres(cache.samples("test")) == 1).float().mean().item()
+    line = f"foreground under the patch centres of the test images: {rate:.1%}"
+    if paper is None:
+        return line
+    expected = paper_row(paper)["w/o RL"]["FR"] / 100
+    line += f" (the paper's random patches: {expected:.1%})"
+    if abs(rate - expected) > FAR:
+        line += (". WARNING: they are so far apart that the split, the folder or what white means "
+                 "in the masks must be another: look at data.png")
+    return line
 
 
 def _panel(cache: Cache, row: int) -> Image.Image:
