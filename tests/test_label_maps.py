@@ -321,6 +321,14 @@ def test_a_mask_with_exif_data_of_its_own_is_turned_by_these_alone(tmp_path, ori
     assert (label_map_of(sample) == seen(orientation)).all()
 
 
+def test_a_mask_that_exif_data_of_its_own_have_turned_is_not_turned_again(tmp_path):
+    stored, exif = photograph(6)
+    sample = one(tmp_path, stored, None, exif)
+    Image.fromarray(255 * seen(6)).save(sample.mask, exif=exif)  # turned already, by its look
+    with pytest.raises(UserError, match=r"x\.png is 48 x 16, which does not fit x\.jpg of 16 x 48"):
+        label_map_of(sample)
+
+
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 255), (0, 128, 0), (90, 40, 10)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_one_colour_on_black_is_foreground_however_dark(tmp_path, colour, mode):
