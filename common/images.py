@@ -98,6 +98,8 @@ def as_array(picture: Image.Image, mode: Literal["RGB", "L"], path: Path) -> np.
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         top = values.max()
+        if values.min() < 0:
+            raise UserError(f"{path} holds negative numbers: save it with 8 bits a channel")
         if 255 < top < 2**12:
             raise UserError(f"{path} has 16 bits or more and its values end at {top}, so that it "
                             "would be read as black: save it with 8 bits a channel")

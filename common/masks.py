@@ -59,7 +59,9 @@ def binary_mask(picture: Image.Image, bits: int, path: Path,
             label_map[alpha <= 127] = 0
         return label_map, how
     if picture.mode == "P" and _counts_from_black(picture, path, task):
-        label_map, how = np.array(picture), f"{_hex(_palette(picture)[1])} on black"
+        label_map, colour = np.array(picture), _palette(picture)[1].astype(np.int32)
+        how = f"{_hex(colour)} on black" if np.ptp(colour) > _NEAR else "palette indices 0 and 1"
+        how += ", 255 = ignored" if IGNORE in label_map else ""
     else:
         rgb = as_array(picture, "RGB", path)
         if alpha is not None:
@@ -84,9 +86,10 @@ def contradiction(hows: dict[str, str]) -> str | None:
 
     hows: {how a mask was read: the name of one such mask}.
     """
-    colours = {how: name for how, name in hows.items() if how.startswith("#") or how == WHITE}
-    if len(colours) > 1 and any(how.startswith("#") for how in colours):
-        found = some([f"{how} in {name}" for how, name in colours.items()])
+    colours = {how[:7]: name for how, name in hows.items() if how[0] == "#"}
+    if len(colours) > 1 or colours and WHITE in hows:
+        colours |= {"white": hows[WHITE]} if WHITE in hows else {}
+        found = some([f"{colour} in {name}" for colour, name in colours.items()])
         return (f"the masks mark their targets in several colours ({found}): set FOREGROUND to one "
                 "of them (FOREGROUND=#ff0000, for one), or to any for all but black")
     if RING in hows and WHITE in hows:
@@ -135,7 +138,7 @@ def _as_asked(picture: Image.Image, path: Path,
     said = f"FOREGROUND={foreground}"
     if str(foreground).startswith("#"):
         wanted = (as_array(picture, "RGB", path) == list(bytes.fromhex(foreground[1:]))).all(2)
-        return wanted.astype(np.uint8), said
+        return wanted.astype(np.uint8), said if wanted.any() else f"{said} (not in it)"
     numbers = _numbers(picture, path)
     if numbers is None and foreground == "any":
         return as_array(picture, "RGB", path).any(2).astype(np.uint8), said
@@ -147,6 +150,7 @@ def _as_asked(picture: Image.Image, path: Path,
     if numbers.min() < 0:
         raise UserError(f"{path} holds the number {numbers.min()}: save it with numbers from 0 on")
     label_map = (numbers != 0 if foreground == "any" else numbers == foreground).astype(np.uint8)
+    said += "" if label_map.any() else " (not in it)"
     others = np.setdiff1d(numbers, [0, IGNORE])
     if foreground == IGNORE or numbers.max() != IGNORE or foreground == "any" and not len(others):
         return label_map, said

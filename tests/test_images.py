@@ -67,6 +67,12 @@ def test_photographs_of_any_format_are_turned_as_exif_says(tmp_path, orientation
     assert image_size(path) == image.shape[:2] == seen(orientation).shape
 
 
+def test_negative_numbers_are_refused_and_not_taken_for_black(tmp_path):
+    path = save(tmp_path / "x.tif", np.array([[-1, 0], [1, 1]], np.int32))
+    with pytest.raises(UserError, match=rf"{path} holds negative numbers"):
+        load_image(path)
+
+
 @pytest.mark.parametrize("read", [load_image, image_size])
 @pytest.mark.parametrize("extension", ["gif", "tif", "webp", "png"])
 def test_a_file_of_several_pages_or_frames_is_refused(tmp_path, read, extension):

@@ -321,6 +321,14 @@ def test_a_mask_with_exif_data_of_its_own_is_turned_by_these_alone(tmp_path, ori
     assert (label_map_of(sample) == seen(orientation)).all()
 
 
+def test_a_mask_that_exif_data_of_its_own_have_turned_is_not_turned_again(tmp_path):
+    stored, exif = photograph(6)
+    sample = one(tmp_path, stored, None, exif)
+    Image.fromarray(255 * seen(6)).save(sample.mask, exif=exif)  # turned already, by its look
+    with pytest.raises(UserError, match=r"x\.png is 48 x 16, which does not fit x\.jpg of 16 x 48"):
+        label_map_of(sample)
+
+
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 255), (0, 128, 0), (90, 40, 10)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_one_colour_on_black_is_foreground_however_dark(tmp_path, colour, mode):
@@ -333,8 +341,9 @@ def test_one_colour_on_black_is_foreground_however_dark(tmp_path, colour, mode):
 
 @pytest.mark.parametrize("first, second, said", [
     (palette_mask(half(top=1)), (half(top=1)[..., None] * [0, 0, 255]).astype(np.uint8),
-     "several colours .#800000 on black in .*#0000ff on black in"),
-    (half(), palette_mask(half(top=1)), "several colours .0 and 255 in .*#800000 on black in"),
+     "several colours .#800000 in .*#0000ff in"),
+    (half(), palette_mask(half(top=1)),
+     "several colours .#800000 in train_b.png, white in train_a.png"),
     (half(), ringed(), "255 is ignored beside 0 and 1 in train_b.png, and is all that train_a.png"),
 ])
 def test_masks_that_are_plain_one_by_one_may_not_contradict_each_other(tmp_path, first, second,
@@ -345,6 +354,19 @@ def test_masks_that_are_plain_one_by_one_may_not_contradict_each_other(tmp_path,
         save(sample.mask, mask)
     with pytest.raises(UserError, match=said):
         check_samples(samples, task_of("folder"))
+
+
+def test_white_in_a_palette_does_not_contradict_white_levels(tmp_path):
+    samples = list_samples(task_of("folder"), make(tmp_path, "folder"))
+    save(samples[0].mask, grey_palette())
+    assert [sample.how for sample in check_samples(samples, task_of("folder"))] == [
+        "palette indices 0 and 1", *["0 and 255"] * 3]
+
+
+def test_what_foreground_names_may_be_missing_from_a_mask_and_that_is_said(tmp_path):
+    task = with_foreground(task_of("folder"), "7")
+    assert read_mask(one(tmp_path, mask=numbers()), task, (6, 8))[1] == (
+        "FOREGROUND=7 (not in it), 255 = ignored")
 
 
 def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tmp_path):

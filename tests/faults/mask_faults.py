@@ -193,8 +193,10 @@ def asked_colour(rng: random.Random, scene: Scene) -> Export:
         palette = np.zeros((256, 3), np.uint8)
         palette[1:4] = chosen
         picture = paletted(scene.classes, palette)
-    return Export(picture if mode == "P" else picture.convert(mode), truth.astype(np.uint8),
-                  foreground=asked)
+    if mode == "RGBA":  # of the other objects, one is erased
+        picture = with_alpha(colours, 255 * (scene.classes != 2))
+        truth = truth & (scene.classes != 2)
+    return Export(picture, truth.astype(np.uint8), foreground=asked)
 
 
 # ---- other kinds, which may be refused -----------------------------------------------------------
@@ -235,13 +237,13 @@ def class_colours(rng: random.Random, scene: Scene) -> Export:
 
 def dark_on_colour(rng: random.Random, scene: Scene) -> Export:
     """A target that is darker than the coloured background."""
-    if not scene.target.any() or scene.target.all():
+    if not scene.target.any():
         return white(rng, scene)
     back, front = rng.choice((((255, 255, 0), (0, 0, 160)), ((255, 255, 255), (255, 0, 0)),
                               ((128, 128, 128), (64, 0, 0)), ((200, 200, 200), (90, 90, 90))))
     colours = np.where(scene.target[..., None], front, back).astype(np.uint8)
-    return Export(Image.fromarray(colours), scene.target.astype(np.uint8),
-                  rng.choice((".png", ".jpg", ".bmp")))
+    truth = None if scene.target.all() else scene.target.astype(np.uint8)
+    return Export(Image.fromarray(colours), truth, rng.choice((".png", ".jpg", ".bmp")))
 
 
 def alpha_shape(rng: random.Random, scene: Scene) -> Export:
@@ -262,9 +264,9 @@ def inverted(rng: random.Random, scene: Scene) -> Export:
     if rng.random() < 0.5:
         return Export(paletted(numbers, np.repeat(np.arange(255, -1, -1, np.uint8), 3)),
                       scene.target.astype(np.uint8))
-    if rng.random() < 0.5:
-        numbers = numbers.astype(np.uint16) * 257
-    return Export(Image.fromarray(numbers), scene.target.astype(np.uint8), ".tif",
+    # Pillow inverts 8 bits when it writes such a TIFF, and when it reads it, but not 16
+    stored = ~numbers if rng.random() < 0.5 else ~numbers.astype(np.uint16)
+    return Export(Image.fromarray(stored), scene.target.astype(np.uint8), ".tif",
                   {"tiffinfo": {262: 0}})
 
 
