@@ -7,6 +7,8 @@ Nothing inside SAM or CLIP is ever trained, so neither F = E_I(x) nor M_c ever c
 any moment, the same command goes on where it stopped.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 import importlib.metadata
 import time
 from collections import deque
@@ -24,10 +26,10 @@ from common.cache import Cache
 from common.cache_file import PICTURE, CacheWriter, Layout, known_places
 from common.datasets import draw_shots, left_out, list_samples, read_skip
 from common.frozen.clip_surgery import ClipSurgery
-from common.frozen.clip_weights import load_clip
+from common.frozen.clip_weights import absolute_clip, load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder
-from common.frozen.sam_weights import load_sam, sam_fingerprint
+from common.frozen.sam_weights import absolute_sam, load_sam, sam_fingerprint
 from common.images import Sample
 from common.label_maps import check_samples
 from common.prepare import mask_summary, open_task, read_sample
@@ -95,6 +97,7 @@ def decode_ahead(rows: list[int], images: list[Sample], task: Task,
 def main() -> None:
     settings.positive(globals(), "SHOTS", "IMAGE_SIZE", "PATCH_SIZE", "BATCH_SIZE", "WORKERS")
     settings.not_negative(globals(), "SEED", "CLIP_SIZE")
+    settings.at_most(globals(), 4096, "IMAGE_SIZE", "CLIP_SIZE")
     if SHOTS < 2:
         raise UserError(f"SHOTS={SHOTS} is too few: advantages compare samples, so set 2 or more")
     if IMAGE_SIZE % PATCH_SIZE:
@@ -135,8 +138,9 @@ def main() -> None:
         frame=IMAGE_SIZE, patch=PATCH_SIZE)
     packages = ("torch", "segment_anything", "open_clip_torch")
     made_with = {
-        "task": TASK, "branch": task.branch, "sam": SAM, "sam_fingerprint": sam_fingerprint(sam),
-        "clip": CLIP, "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()),
+        "task": TASK, "branch": task.branch,
+        "sam": absolute_sam(SAM), "sam_fingerprint": sam_fingerprint(sam),
+        "clip": absolute_clip(CLIP), "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()),
         "clip_size": clip_size, "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
         "precision": "bf16" if embedder.bf16 else "fp32",
         **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),

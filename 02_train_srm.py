@@ -7,6 +7,8 @@ test time, and after any number of points. Each step takes a batch of samples in
 with SAM's live decoder and learns there.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 from functools import partial
 
 import numpy as np
@@ -44,6 +46,7 @@ EVERY_TEXT = False  # VOC: learn from every class labelled in a drawn image, not
 # where it goes
 RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
+SAM = ""  # the cache's SAM, where its file lies elsewhere now; empty = where stage 1 found it
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 SAVE_EVERY = 100  # steps that a kill may cost
 LOG_EVERY = 10  # steps between rows of the log, each of one batch
@@ -172,7 +175,7 @@ def main() -> None:
     checkpoint.write_log(log_path, log)
     plot_curves(log, curves, f"{TASK}, stage 2: SRM ({branch} branch)")
     print_held_out_accuracy(run, new_episode, srm)
-    stage_3 = script.command("03_train_agent.py", globals(), ("SHOTS", "SEED"))
+    stage_3 = script.command("03_train_agent.py", globals(), ("SHOTS", "SEED", "SAM"))
     script.goodbye([path, log_path, curves], stage_3)
 
 

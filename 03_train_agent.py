@@ -2,15 +2,15 @@
 
     python 03_train_agent.py [NAME=value ...]     NAME is any constant below; `help` lists them
 
-An episode prompts all training samples side by side for T rounds; then come K epochs of PPO. The
-SRM goes on learning during the roll-out.
+An episode is T rounds on all samples side by side, where the SRM learns too, then K epochs of PPO.
 """
+
+import common.runtime.first  # noqa: F401  before torch
 
 import time
 from statistics import fmean
 
 import torch
-from torch import optim
 from tqdm import tqdm
 
 from common.agent import (
@@ -55,6 +55,7 @@ SRM_BATCH = 8  # samples of the roll-out in one such step; all of them cost over
 # where it goes
 RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
+SAM = ""  # the cache's SAM, where its file lies elsewhere now; empty = where stage 1 found it
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
 _OF_STAGE_2 = ("steps", "srm_batch", "learning_rate", "rounds", "states", "channel_drop",
@@ -108,7 +109,7 @@ def main() -> None:
 
     # stage 2's SRM goes on learning here; srm.pt itself stays as it is
     srm_path = run.folder / "srm.pt"
-    stage_2 = script.command("02_train_srm.py", globals(), ("SHOTS", "SEED"))
+    stage_2 = script.command("02_train_srm.py", globals(), ("SHOTS", "SEED", "SAM"))
     start = checkpoint.load_finished(
         srm_path, stage_2, {"task": TASK, "shots": SHOTS, "features": identity})
     branch, residual = start["settings"]["branch"], start["settings"]["residual"]
@@ -122,8 +123,8 @@ def main() -> None:
     checkpoint.restore(srm_path, start, srm=srm)
     actor = Actor(run.cache.channels).to(run.device)
     critic = Critic(run.cache.channels, scale=1 / (1 - GAMMA)).to(run.device)  # a return's bound
-    ppo = optim.Adam([*actor.parameters(), *critic.parameters()], LEARNING_RATE)
-    learner = Learner(srm, actor, critic, ppo, optim.Adam(srm.parameters(), LEARNING_RATE))
+    ppo = torch.optim.Adam([*actor.parameters(), *critic.parameters()], LEARNING_RATE)
+    learner = Learner(srm, actor, critic, ppo, torch.optim.Adam(srm.parameters(), LEARNING_RATE))
     made_with = {
         "task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "episodes": EPISODES,
         "epochs": EPOCHS, "rounds": ROUNDS, "gamma": GAMMA, "clip_range": CLIP_RANGE,
@@ -173,7 +174,7 @@ def main() -> None:
     print("first and last episode: foreground rate "
           f"{log[0]['foreground_rate']:.3f} and {log[-1]['foreground_rate']:.3f}, IoU of the "
           f"training samples {log[0]['training_iou']:.3f} and {log[-1]['training_iou']:.3f}")
-    script.goodbye([path, log_path, curves], script.command("04_evaluate.py", globals()))
+    script.goodbye([path, log_path, curves], script.command("04_evaluate.py", globals(), ("SAM",)))
 
 
 if __name__ == "__main__":

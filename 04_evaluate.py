@@ -9,6 +9,8 @@ highest and a background point where it is lowest. The four default rows share t
 and P_0, so each changes one thing. A stopped call goes on after the last finished row.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -49,6 +51,8 @@ DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 # where it goes
 RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # stage 1's cache; empty = features.h5 in the run folder
+SAM = ""  # the cache's SAM, where its file lies elsewhere now; empty = where stage 1 found it
+CLIP = ""  # with IMAGES, the same of CLIP
 RESULTS = "results.json"  # in the run folder; T20.json names its pictures T20-strips.png and so on
 
 _ROWS = {  # where the next point goes, what labels it, how many rounds
@@ -140,9 +144,7 @@ def main() -> None:
     check_results_name(RESULTS)
     own_images.check(IMAGES, CLASSES)
     run = open_run(globals())
-
-    # the trained agent, and the SRM that stage 3 ended with
-    trained = run.load_agent(globals())
+    trained = run.load_agent(globals())  # and the SRM that stage 3 ended with
     files.lock(run.folder)
     made_with = trained.made_with | {
         "evaluation_rounds": ROUNDS, "evaluation_seed": SEED, "sample_actions": SAMPLE_ACTIONS}
@@ -152,8 +154,8 @@ def main() -> None:
             prompt("AlignSAM", episode, trained.actor, trained.srm, range(len(maps)))
             return episode
 
-        return own_images.segment(IMAGES, run.folder / "masks", run.cache, CLASSES, align,
-                                  trained.srm, run.device, made_with)
+        return own_images.segment(IMAGES, run.folder / "masks", run.cache, run.attributes, CLASSES,
+                                  align, trained.srm, run.device, made_with)
 
     # the test samples, and what rows without rounds learn from the training samples
     test_set, shots = run.cache.samples("test"), trained.made_with["shots"]

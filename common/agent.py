@@ -1,5 +1,6 @@
 """The agent (paper, section 3.2): actor and critic on the 10 x 10 action grid, PPO's update."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -51,15 +52,16 @@ def pool_state(state: Tensor, side: int) -> Tensor:
     This is what actor and critic read. Where a patch ends inside a cell of the state, the cell
     counts by the share that lies in the patch.
     """
-    down, across = (_shares(side, cells).to(state) for cells in state.shape[2:])
+    down, across = (_shares(side, cells, state.device).to(state) for cells in state.shape[2:])
     return down @ state @ across.T
 
 
-def _shares(patches: int, cells: int) -> Tensor:
+@functools.cache  # made once for a size and device, not in every round
+def _shares(patches: int, cells: int, device: torch.device) -> Tensor:
     """float32 (patches, cells): how much of each patch of a line lies in each cell of the state."""
     edges = np.arange(patches + 1, dtype=np.float32) / patches
     cell_edges = np.arange(cells + 1, dtype=np.float32) / cells
-    return torch.from_numpy(interval_overlaps(edges, cell_edges) * patches)
+    return torch.from_numpy(interval_overlaps(edges, cell_edges) * patches).to(device)
 
 
 def policy(logits: Tensor, allowed: Tensor) -> Categorical:

@@ -80,9 +80,7 @@ class Cache:
         task: None for a cache that no stage wrote; it need not hold the attributes that stages
         read. maker: the command that writes it, for the sentences.
         """
-        if not path.exists():
-            raise UserError(f"{path} does not exist: run {maker} first")
-        file = open_file(path)
+        file = open_file(path, maker)
         stored, done = stored_attributes(file), file["done"][:] == 1
         cached = stored.get("task")
         if task is not None and cached != task:

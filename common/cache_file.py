@@ -48,10 +48,14 @@ import h5py
 import numpy as np
 import torch
 
+from common.frozen.clip_weights import absolute_clip
+from common.frozen.sam_weights import absolute_sam
 from common.images import composed
 from common.label_maps import IGNORE
 from common.layers import interval_overlaps
+from common.open_mark import IN_USE, unmarked
 from common.runtime.errors import UserError, some
+from common.runtime.reading import reading
 from common.runtime.settings import require_same
 
 FORMAT = 2  # raised whenever the schema above changes
@@ -192,6 +196,9 @@ def create(path: Path, layout: Layout, made_with: dict) -> None:
     known, n, k = _known(layout), len(layout.names), len(layout.texts)
     p, pixels = (layout.frame // layout.patch) ** 2, int(known["label_offsets"][-1])
     unfinished = path.with_name(path.name + ".tmp")
+    if path.is_symlink():  # to nothing: renaming would put a file in the link's place
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: mend the "
+                        "link, or delete it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.unlink(missing_ok=True)
@@ -248,20 +255,36 @@ def _reserve(fd: int, size: int) -> None:
             # any other error: a file system that cannot reserve space
 
 
-def open_file(path: Path) -> h5py.File:
-    """A cache opened for reading. Raises UserError where its parts do not fit each other."""
+def open_file(path: Path, maker: str = "01_cache_features.py") -> h5py.File:
+    """A cache opened for reading. Where a program died that had it open for writing, it is mended.
+
+    maker: the command that writes it. Raises UserError where it cannot be read, where another
+    process has it open for writing, or where its parts do not fit each other.
+    """
     try:
-        file = h5py.File(path, "r")
-        _check_schema(path, file)
-        _check_values(file)
+        with reading(path, f"run {maker} first"), unmarked(path) as left_open:
+            file = _opened(path)
+            _check_schema(path, file)
+            _check_values(file)
+            if left_open:
+                _check_sums(file)
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError,
             RecursionError) as error:
-        if getattr(error, "errno", None):  # the system's complaint, not HDF5's
-            reason = os.strerror(error.errno)
-            raise UserError(f"{path} cannot be opened ({reason}): {MEND}") from error
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged or not a feature cache ({reason}): {AGAIN}") from error
     return file
+
+
+def _opened(path: Path) -> h5py.File:
+    """The file opened by HDF5, with its lock for reading where the file system has locks."""
+    try:
+        return h5py.File(path, "r")
+    except BlockingIOError as error:
+        raise UserError(IN_USE.format(path)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return h5py.File(path, "r", locking=False)
 
 
 def _check_schema(path: Path, file: h5py.File) -> None:
@@ -303,6 +326,16 @@ def _check_values(file: h5py.File) -> None:
     _require(within and (split[shots[:, 0]] == b"train").all() and once,
              "/shots names other than training samples, or one twice")
     _skipped(file)  # raises ValueError or TypeError where that is no list
+
+
+def _check_sums(file: h5py.File) -> None:
+    """Raises ValueError unless every part of every entry that is done fits its CRC."""
+    offsets = file["label_offsets"][:]
+    for row in np.flatnonzero(file["done"][:] == 1):
+        for name, crc in zip(SUMMED, file["crc"][row]):
+            part = slice(*offsets[row:row + 2]) if name == "labels" else row
+            values = np.ascontiguousarray(file[name][part])
+            _require(zlib.crc32(values) == crc, f"/{name} of image {row} is not what was written")
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -417,6 +450,9 @@ class CacheWriter:
         now, skip = _attributes(layout, made_with), set(made_with.get("skip", ()))
         with open_file(path) as file:
             stored = stored_attributes(file)
+            for name, absolute in (("sam", absolute_sam), ("clip", absolute_clip)):
+                # older caches keep paths as they were given
+                stored[name] = absolute(str(stored.get(name)))
             # a constant that is stored only where it is set (FOREGROUND) may be in the file alone
             wanted = now | {name: "empty" for name in stored if name not in now}
             compared = {name: value for name, value in wanted.items()

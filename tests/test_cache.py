@@ -1,10 +1,13 @@
 """The feature cache: whole entries only, whatever is killed; truth that matches the label maps."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import unicodedata
 from collections import namedtuple
 from dataclasses import replace
@@ -15,12 +18,14 @@ import numpy as np
 import pytest
 import torch
 
+from common import open_mark
 from common.cache import Cache
 from common.cache_file import (
     SUMMED,
     CacheWriter,
     Layout,
     bytes_per_image,
+    create,
     known_places,
     truth_at_centres,
     truth_on_grid,
@@ -402,6 +407,17 @@ def test_another_time_and_other_library_versions_are_no_contradiction(complete):
         assert writer.missing() == []
 
 
+def test_an_older_caches_relative_paths_are_no_contradiction(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("half.pth").touch()
+    old = ATTRIBUTES | {"sam": "half.pth", "clip": "ViT-B-16/half.pth"}
+    new = ATTRIBUTES | {"sam": f"{tmp_path}/half.pth", "clip": f"ViT-B-16/{tmp_path}/half.pth"}
+    create(path, LAYOUT, old)
+    CacheWriter.open_or_create(path, LAYOUT, new).close()
+    with pytest.raises(UserError, match="SAM=.*half.pth, and now it is vit_h"):
+        CacheWriter.open_or_create(path, LAYOUT, new | {"sam": "vit_h"})
+
+
 @pytest.mark.parametrize(
     "field, value, named",
     [
@@ -474,6 +490,96 @@ def test_a_file_system_that_cannot_reserve_space_will_do(path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     write(path)
     assert assert_done_entries_are_whole(path) == 4
+
+
+def test_a_link_to_nothing_is_not_replaced_by_a_cache(path):
+    path.parent.mkdir()
+    path.symlink_to("gone.h5")
+    with pytest.raises(UserError, match="features.h5 is a link to gone.h5, which does not exist"):
+        CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES)
+    assert path.is_symlink()
+
+
+# ---- locks, and the mark that HDF5 leaves in an open file ----------------------------------------
+
+
+@pytest.fixture
+def holder(complete):
+    """A process that has the cache open as a notebook would, in "r+"."""
+    program = f"import h5py\nfile = h5py.File({str(complete)!r}, 'r+')\nprint(flush=True)\ninput()"
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_cache_that_another_process_has_open_for_writing_is_left_alone(
+    complete, holder, monkeypatch
+):
+    monkeypatch.setattr(open_mark, "_put", None)  # the living writer's mark is never touched
+    before = complete.read_bytes()
+    for opening in (Cache.open, lambda path: CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES)):
+        with pytest.raises(UserError, match="^another process.*features.h5 open for writing: cl"):
+            opening(complete)
+    assert complete.read_bytes() == before
+
+
+def test_a_cache_whose_writer_died_is_used_and_that_is_said(complete, capsys, request):
+    before = complete.read_bytes()
+    holder = request.getfixturevalue("holder")
+    holder.kill()
+    holder.wait()
+    assert complete.read_bytes() != before
+    assert Cache.open(complete, "sbu").texts == ("shadow", "glass")
+    assert "features.h5 had been left open by a program that died" in capsys.readouterr().out
+    assert complete.read_bytes() == before
+    Cache.open(complete, "sbu")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("dataset", ["maps", "labels"])
+def test_a_damaged_cache_whose_writer_died_stays_marked(complete, capsys, request, dataset):
+    with CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES) as writer:
+        os.pwrite(writer.fd, b"\x55\x55", writer.offsets[dataset][1])
+    holder = request.getfixturevalue("holder")
+    holder.kill()
+    holder.wait()
+    before = complete.read_bytes()
+    with pytest.raises(UserError, match=f"is damaged .*/{dataset} of image 1 is not what was"):
+        Cache.open(complete)
+    assert complete.read_bytes() == before and capsys.readouterr().out == ""
+
+
+def test_a_mark_is_left_where_no_lock_tells_whose_it_is(complete, holder, monkeypatch):
+    holder.kill()
+    holder.wait()
+    refuse_locks(monkeypatch, errno.ENOLCK)
+    with pytest.raises(UserError, match="has no locks .*h5clear -s"):
+        Cache.open(complete)
+
+
+def refuse_locks(monkeypatch, number: int) -> None:
+    """Makes this a file system without locks, for HDF5 and for our own."""
+    opened = h5py.File
+
+    def without_locks(name, mode, locking=True):
+        if locking:
+            raise OSError(number, "Unable to synchronously open file (unable to lock file)")
+        return opened(name, mode, locking=False)
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(h5py, "File", without_locks)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_will_do(complete, monkeypatch, number):
+    refuse_locks(monkeypatch, number)
+    assert Cache.open(complete, "sbu").texts == ("shadow", "glass")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -21,7 +21,7 @@ from common.frozen.clip_surgery import (
     single_text_similarity,
     surgery_tokens,
 )
-from common.frozen.clip_weights import load_clip
+from common.frozen.clip_weights import absolute_clip, load_clip
 from common.runtime.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "clip_surgery_golden.npz")
@@ -220,7 +220,7 @@ def test_the_standin_is_loaded_in_float32_without_gradients(model, tmp_path, mon
 def test_a_missing_file_of_the_standin_is_named(tmp_path, monkeypatch, missing):
     add_standin(tmp_path, monkeypatch)
     (tmp_path / missing).unlink()
-    with pytest.raises(UserError, match=f"{missing}' does not exist: restore common/standin"):
+    with pytest.raises(UserError, match=f"{missing} does not exist: restore common/standin"):
         load_clip("demo", "cpu")
 
 
@@ -259,9 +259,23 @@ def test_a_model_that_surgery_does_not_fit_is_refused_by_name(name):
 @pytest.mark.parametrize("source", ["opnai", "weights/gone.pt", "/weights/gone.pt"])
 def test_neither_a_tag_nor_a_file_is_named_with_the_tags_there_are(source):
     with pytest.raises(
-        UserError, match=rf"'{source}' does not exist: .*ViT-B-16-quickgelu \(openai, "
+        UserError, match=rf"^{source} does not exist: name in CLIP .*ViT-B-16-quickgelu \(openai, "
     ):
         load_clip(f"ViT-B-16-quickgelu/{source}", "cpu")
+
+
+def test_a_weights_files_path_is_kept_so_that_other_folders_understand_it(tmp_path, monkeypatch):
+    (tmp_path / "openai").touch()
+    (tmp_path / "mine.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert absolute_clip("ViT-B-16-quickgelu/mine.pt") == f"ViT-B-16-quickgelu/{tmp_path}/mine.pt"
+    for name in ("ViT-B-16-quickgelu/openai", "demo", "ViT-B-16-quickgelu/gone.pt"):
+        assert absolute_clip(name) == name
+
+
+def test_a_model_without_weights_is_named_with_the_tags_there_are():
+    with pytest.raises(UserError, match="CLIP=ViT-B-16-quickgelu names no weights: .*openai"):
+        load_clip("ViT-B-16-quickgelu", "cpu")
 
 
 def test_quickgelu_weights_under_a_model_without_it_are_refused_before_any_download(monkeypatch):

@@ -216,7 +216,7 @@ def segment_dogs(images: str, out: Path, attributes: dict, align=left_half,
     samples = np.zeros((1, 2), int)
     cache = SimpleNamespace(attrs=attributes, texts=("dog",), samples=lambda split: samples)
     made_with = {"shots": 0, "every_text": False} | (made_with or {})
-    segment(images, out, cache, ("all",), align, None, CPU, made_with)
+    segment(images, out, cache, cache.attrs, ("all",), align, None, CPU, made_with)
 
 
 def test_the_mask_is_the_logits_at_the_images_size_and_no_overlay_replaces_it(tmp_path, stand_ins):

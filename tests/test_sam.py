@@ -25,7 +25,13 @@ from torch.testing import assert_close
 
 from common.frozen import sam_weights
 from common.frozen.sam import BatchedPrompter, SamEmbedder, full_masks, probability_grid, squash
-from common.frozen.sam_weights import download_checkpoint, load_decoder, load_sam, sam_fingerprint
+from common.frozen.sam_weights import (
+    absolute_sam,
+    download_checkpoint,
+    load_decoder,
+    load_sam,
+    sam_fingerprint,
+)
 from common.runtime.errors import UserError
 from common.standin import model as standin
 
@@ -267,7 +273,7 @@ def test_the_width_of_the_weights_tells_the_model_and_a_wrong_name_is_refused(
 
 @pytest.mark.parametrize("prefix", ["", "vit_b:"])
 def test_a_missing_checkpoint_is_named(tmp_path, prefix):
-    with pytest.raises(UserError, match=f"no SAM checkpoint at {tmp_path}/none.pth"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/none.pth does not exist: set SAM to"):
         load_sam(f"{prefix}{tmp_path}/none.pth", CPU)
 
 
@@ -291,7 +297,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, content):
 def test_a_file_that_torch_cannot_read_is_refused(tmp_path):
     torch.save({"image_encoder.pos_embed": torch.zeros(1, 8, 8, 768)}, tmp_path / "whole.pth")
     whole = (tmp_path / "whole.pth").read_bytes()
-    for content in (b"", b"<!DOCTYPE html>", b"hello world", whole[:len(whole) // 2]):
+    for content in (b"<!DOCTYPE html>", b"hello world", whole[:len(whole) // 2]):
         (tmp_path / "broken.pth").write_bytes(content)
         with pytest.raises(UserError, match="broken.pth cannot be read as a PyTorch file"):
             load_sam(f"{tmp_path}/broken.pth", CPU)
@@ -459,6 +465,16 @@ def test_without_a_network_the_message_says_what_to_put_where(server, tmp_path):
         download_checkpoint("vit_b")
     assert f"{server.url} could not be downloaded" in str(error.value)
     assert f"by hand to {tmp_path}/cache/sam_vit_b.pth." in str(error.value)
+
+
+def test_a_checkpoints_path_is_kept_so_that_other_folders_understand_it(tmp_path, monkeypatch):
+    (tmp_path / "half.pth").touch()
+    (tmp_path / "vit_h").touch()
+    monkeypatch.chdir(tmp_path)
+    assert absolute_sam("half.pth") == f"{tmp_path}/half.pth"
+    assert absolute_sam("vit_b:./half.pth") == f"vit_b:{tmp_path}/half.pth"
+    for name in ("vit_h", "demo", "gone.pth"):
+        assert absolute_sam(name) == name
 
 
 def test_a_decoder_that_never_saw_the_cached_embeddings_is_refused(demo):

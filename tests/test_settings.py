@@ -13,7 +13,7 @@ import torch
 from common.runtime.errors import UserError
 from common.runtime.files import lock, write_atomic
 from common.runtime.script import command, device, require_finite, run, run_dir, seed_everything
-from common.runtime.settings import choose, override, positive
+from common.runtime.settings import at_most, choose, override, positive
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -262,12 +262,19 @@ def test_a_device_that_is_absent_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device("cuda:1") == torch.device("cuda:1")
-    for name in ("cuda:2", "cuda:x", "gpu", ""):
+    for name in ("cuda:2", "cuda:x", "gpu", "", "cuda:", "cuda:01", "cuda:\u0661", "cpu:3", "mps:7",
+                 "cuda:99999999999999999999", "cuda:" + "9" * 5000):
         with pytest.raises(UserError, match=f"DEVICE={name} is not on this machine.*cuda"):
             device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="DEVICE=cuda is not on this machine"):
         device("cuda")
+
+
+def test_a_size_beyond_any_use_is_refused():
+    at_most({"IMAGE_SIZE": 4096}, 4096, "IMAGE_SIZE")
+    with pytest.raises(UserError, match="^CLIP_SIZE=160000 is more than .* set it to 4096 or less"):
+        at_most({"IMAGE_SIZE": 800, "CLIP_SIZE": 160_000}, 4096, "IMAGE_SIZE", "CLIP_SIZE")
 
 
 def test_a_run_lies_under_runs_unless_a_folder_is_given():

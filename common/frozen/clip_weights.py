@@ -9,6 +9,7 @@ import torch
 
 from common.runtime.errors import UserError
 from common.runtime.files import require_intact
+from common.runtime.reading import reading
 
 STANDIN = Path(__file__).parents[1] / "standin"
 OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's files: no weights
@@ -30,19 +31,21 @@ def load_clip(name: str,
     model_name, _, source = name.partition("/")
     tag = {}
     if name == "demo":
-        config_file = _existing(STANDIN / "clip_config.json", "restore common/standin")
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        weights = _existing(STANDIN / "clip.safetensors", "restore common/standin")
+        weights, mend = STANDIN / "clip.safetensors", "restore common/standin"
+        with reading(STANDIN / "clip_config.json", mend):
+            config = json.loads((STANDIN / "clip_config.json").read_text(encoding="utf-8"))
     else:
         config = _model_config(model_name)
         tag = open_clip.get_pretrained_cfg(model_name, source)
         if tag.get("quick_gelu"):
             _require_quick_gelu(name, config)
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
-        mend = f"name a file, or a pretrained tag that open_clip has for {model_name} ({tags})"
-        weights = _download(name, tag) if tag else _existing(Path(source).expanduser(), mend)
+        mend = f"name in CLIP a file, or a tag that open_clip has for {model_name} ({tags})"
+        if not source:
+            raise UserError(f"CLIP={name} names no weights: {mend}")
+        weights = _download(name, tag) if tag else Path(source).expanduser()
 
-    state = _read_weights(weights)
+    state = _read_weights(weights, mend)
     if OPENAI_KEYS & state.keys():
         _require_quick_gelu(name, config)
     model = open_clip.CLIP(**config)
@@ -59,10 +62,13 @@ def load_clip(name: str,
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
-def _existing(file: Path, mend: str) -> Path:
-    if not file.is_file():
-        raise UserError(f"CLIP's file '{file}' does not exist: {mend}.")
-    return file
+def absolute_clip(name: str) -> str:
+    """`name` as a cache keeps it: a weights file's path is understood from every folder."""
+    model_name, _, source = name.partition("/")
+    path = Path(source).expanduser()
+    if not path.is_file() or open_clip.get_pretrained_cfg(model_name, source):
+        return name
+    return f"{model_name}/{path.resolve()}"
 
 
 def _model_config(model_name: str) -> dict:
@@ -105,13 +111,17 @@ def _download(name: str, tag: dict) -> Path:
                         ) from error
 
 
-def _read_weights(file: Path) -> dict[str, torch.Tensor]:
+def _read_weights(file: Path, missing: str) -> dict[str, torch.Tensor]:
+    """The state dict in `file`. missing: what to do if there is none; see `reading`."""
     try:
-        if file.suffix == ".safetensors":
-            state = safetensors.torch.load_file(file)
-        else:
-            require_intact(file)
-            state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code in it
+        with reading(file, missing):
+            if file.suffix == ".safetensors":
+                state = safetensors.torch.load_file(file)
+            else:
+                require_intact(file)
+                state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+    except UserError:
+        raise
     except Exception as error:  # zip, pickle and safetensors each raise their own kinds
         mend = "fetch it again"
         if "TorchScript" in str(error):  # as OpenAI ships CLIP

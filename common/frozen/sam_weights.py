@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common.runtime import distributed
 from common.runtime.errors import UserError
 from common.runtime.files import require_intact
+from common.runtime.reading import reading
 
 META = "https://dl.fbaipublicfiles.com/segment_anything"
 CHECKPOINTS = {  # name: (url, bytes, SHA-256)
@@ -47,6 +48,16 @@ def load_sam(name: str, device: torch.device) -> Sam:
             size, path = None, name
         sam = _load_checkpoint(Path(path).expanduser(), size)
     return sam.eval().requires_grad_(False).to(device)
+
+
+def absolute_sam(name: str) -> str:
+    """`name` as a cache keeps it: a checkpoint's path is understood from every folder."""
+    size, colon, path = name.partition(":")
+    if not (colon and size in CHECKPOINTS):
+        size, colon, path = "", "", name
+    if name in (*CHECKPOINTS, "demo") or not Path(path).expanduser().is_file():
+        return name
+    return size + colon + str(Path(path).expanduser().resolve())
 
 
 def _load_checkpoint(path: Path, size: str | None, compared: bool = False) -> Sam:
@@ -90,13 +101,14 @@ def _unwrapped(content: object) -> object:
 
 def _read(path: Path, compared: bool) -> object:
     """What the checkpoint file holds; no code in it is run. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"there is no SAM checkpoint at {path}: set SAM to the path of a .pth "
-                        f"file, {', '.join(CHECKPOINTS)} or demo")
+    missing = f"set SAM to the path of a checkpoint, {', '.join(CHECKPOINTS)} or demo"
     try:
-        if not compared:
-            require_intact(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with reading(path, missing):
+            if not compared:
+                require_intact(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # which type it is depends on where in the file torch stumbles
         if "GLOBAL" in str(error):
             raise UserError(f"{path} was refused: it holds Python objects, which could run code "
@@ -199,8 +211,8 @@ def load_decoder(attributes: dict, device: torch.device) -> Sam:
     """
     sam = load_sam(attributes["sam"], torch.device("cpu"))
     if sam_fingerprint(sam) != attributes["sam_fingerprint"]:
-        raise UserError(f"SAM={attributes['sam']} is not the one that made the cache: delete the "
-                        "cache and run 01_cache_features.py again")
+        raise UserError(f"SAM={attributes['sam']} is not the one that made the cache: set SAM to "
+                        "the path of that one, or run all stages in another RUN_DIR")
     sam.image_encoder = Headless(sam.image_encoder.img_size)  # its gigabytes are not needed again
     return sam.to(device)
 

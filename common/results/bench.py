@@ -7,6 +7,8 @@ replaces, on the same inputs and weights. Each side first runs once without timi
 results are compared. Then timed runs of both sides alternate.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 import json
 import math
 import platform

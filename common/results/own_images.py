@@ -45,8 +45,8 @@ _PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-hei
 Align = Callable[[Tensor, Tensor], Episode]
 
 
-def segment(images: str, out: Path, cache: Cache, classes: tuple[str, ...], align: Align,
-            srm: nn.Module, device: torch.device, made_with: dict) -> None:
+def segment(images: str, out: Path, cache: Cache, attributes: dict, classes: tuple[str, ...],
+            align: Align, srm: nn.Module, device: torch.device, made_with: dict) -> None:
     """Segments every image of a folder and its subfolders. For photo.jpg it writes below `out`:
 
     photo.png           the binary mask, 0 or 255, of the image's own size
@@ -61,7 +61,8 @@ def segment(images: str, out: Path, cache: Cache, classes: tuple[str, ...], alig
     features are not finite, it does not fit into memory, ...) is named, and the others go on; a
     later call tries it again. See `Progress`.
 
-    cache: the run's; SAM and CLIP are loaded as it says. classes: see `choose_texts`.
+    cache: the run's. attributes: its own, with SAM and CLIP where they lie now.
+    classes: see `choose_texts`.
     align: AlignSAM's prompting. srm: the SRM that it uses.
     made_with: the settings of the run, for JSON.
 
@@ -76,7 +77,7 @@ def segment(images: str, out: Path, cache: Cache, classes: tuple[str, ...], alig
     names = name_files(paths, [*wanted, "classes"] if len(texts) > 1 else [])
     progress = Progress(out, folder.resolve())
     progress.require_free(names)
-    frozen = load_models(cache.attrs, texts, device)
+    frozen = load_models(attributes, texts, device)
     progress.go_on(paths, {"classes": indices, **made_with})
     segment_batch = partial(segment_one, frozen, align, indices)
 

@@ -7,6 +7,8 @@ that are missing, and none twice. It writes tables.md, tables.json and the plots
 Figure 7 into runs/<TASK>.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 import json
 import math
 import os

@@ -7,6 +7,7 @@ the log, or the finished rows of the evaluation.
 import csv
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from common.runtime.errors import UserError
 from common.runtime.files import require_intact, write_atomic
+from common.runtime.reading import reading
 from common.runtime.settings import require_same
 
 # Names and types: of every such file, of one that training can go on from, and of the settings
@@ -57,14 +59,13 @@ def load(path: Path, stage: str, **further: type) -> dict:
 
     stage: the command that writes `path`.
     further: names and types of what it must hold beside `CONTENT`.
-    Raises UserError if the file is missing, is of another kind, is damaged, or holds numbers that
-    are not finite.
+    Raises UserError if the file is missing, cannot be read, is of another kind, is damaged, or
+    holds numbers that are not finite.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist: run {stage} first")
     try:
-        require_intact(path)  # torch.load does not look at the checksums
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with reading(path, f"run {stage} first"):
+            require_intact(path)  # torch.load does not look at the checksums
+            content = torch.load(path, map_location="cpu", weights_only=True)
         _require_types(content, CONTENT | further)
         _require_types(content["settings"], SETTINGS)
         if content["settings"]["branch"] not in ("implicit", "explicit"):
@@ -73,6 +74,8 @@ def load(path: Path, stage: str, **further: type) -> dict:
             if not all(isinstance(value, (int, float)) for value in row.values()):
                 raise ValueError("its log holds something that is not a number")
         finite = all(tensor.isfinite().all() for tensor in _tensors(content))
+    except UserError:
+        raise
     except Exception as error:  # its type depends on where in the file torch fails
         raise UserError(f"{path} is damaged or was not written by {stage}: delete it and run that "
                         "again") from error
@@ -151,7 +154,7 @@ def resume(path: Path, stage: str, made_with: dict, further: dict[str, type],
     Returns None if there is no such file yet. Raises UserError like `load` and `restore`, and if
     the file was made with other settings.
     """
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is refused below
         return None
     content = load(path, stage, **TRAINING, **further)
     require_same(path, content["settings"], made_with)

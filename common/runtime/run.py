@@ -47,12 +47,14 @@ class Trained:
 class Run:
     """What stages 2 to 4 share.
 
+    attributes: the cache's, with SAM and CLIP replaced where the script's constants name others.
     frame: side in pixels of the square picture that points lie in.
     centres: (A, 2) float, (x, y) of the patch centres (Eq. 3) in that picture, on `device`.
     """
 
     folder: Path
     cache: Cache
+    attributes: dict
     device: torch.device
     frame: int
     centres: Tensor
@@ -63,7 +65,7 @@ class Run:
         All processes of torchrun must call it. Raises UserError if they cannot be loaded.
         """
         with distributed.rank_0_first():  # missing weights are downloaded once
-            return BatchedPrompter(load_decoder(self.cache.attrs, self.device), self.frame)
+            return BatchedPrompter(load_decoder(self.attributes, self.device), self.frame)
 
     def load_agent(self, constants: dict[str, object]) -> Trained:
         """The agent of this run, and SAM's live decoder. constants: the script's `globals()`.
@@ -72,7 +74,7 @@ class Run:
         that the agent was trained from, and all that `load_prompter` raises.
         """
         path, srm_path = self.folder / "agent.pt", self.folder / "srm.pt"
-        stage_2, stage_3 = (script.command(name, constants)
+        stage_2, stage_3 = (script.command(name, constants, ("SAM",))
                             for name in ("02_train_srm.py", "03_train_agent.py"))
         wanted = {"task": constants["TASK"], "features": self.cache.identity()}
         content = checkpoint.load_finished(path, stage_3, wanted)
@@ -88,6 +90,8 @@ class Run:
 def open_run(constants: dict[str, object]) -> Run:
     """Opens the run that a script's TASK, RUN_DIR, FEATURES and DEVICE name; writes nothing.
 
+    SAM and CLIP, where the script has them and they are not empty, stand for the cache's.
+
     constants: the script's `globals()`. Raises UserError if the device or the cache is missing, if
     the cache is damaged, incomplete or of another task, or if there are fewer patches than ROUNDS.
     """
@@ -96,9 +100,11 @@ def open_run(constants: dict[str, object]) -> Run:
     cache_path = script.cache_path(constants["FEATURES"], folder)
     stage_1 = script.command("01_cache_features.py", constants)
     cache = Cache.open(cache_path, constants["TASK"], stage_1)
+    given = {name.lower(): constants.get(name) for name in ("SAM", "CLIP")}
+    attributes = cache.attrs | {name: value for name, value in given.items() if value}
     frame = cache.attrs["image_size"]
     centres = patch_centres(frame, cache.attrs["patch_size"]).to(device)
     if constants["ROUNDS"] > len(centres):
         raise UserError(f"ROUNDS={constants['ROUNDS']} is more than the {len(centres)} patches "
                         "there are: set it lower")
-    return Run(folder, cache, device, frame, centres)
+    return Run(folder, cache, attributes, device, frame, centres)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.runtime import distributed, settings
+from common.runtime import distributed, first, settings
 from common.runtime.batches import is_out_of_memory
 from common.runtime.errors import UserError
 
@@ -47,6 +47,7 @@ def run(main: Callable[[], None], constants: dict[str, object], shared: bool = F
     """
     prepare_streams()
     try:
+        first.imports_are_done()
         distributed.start()
         settings.override(constants, sys.argv[1:])
         if not shared:
@@ -104,11 +105,9 @@ def device(name: str) -> torch.device:
     found = [kind for kind, is_present in present.items() if is_present]
     if name == "auto":
         return torch.device(found[0])
-    kind, _, index = name.partition(":")
-    exists = kind in found and (not index or index.isdecimal())
-    if exists and kind == "cuda":
-        exists = int(index or 0) < torch.cuda.device_count()
-    if not exists:
+    counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": 1}
+    names = [f"{kind}:{index}" for kind in found for index in range(counts[kind])]
+    if name not in (*found, *names):
         raise UserError(f"DEVICE={name} is not on this machine: use DEVICE=auto or one of "
                         f"{', '.join(found)}")
     return torch.device(name)
@@ -128,11 +127,12 @@ def command(script: str, constants: dict[str, object], same: tuple[str, ...] = (
     """The command that runs another stage of the same run, quoted for a shell, without "python".
 
     It has the constants that say which run it is, as far as they are not empty, and those of
-    `same` that are not 0.
+    `same` that are not 0 and not empty.
     same: names of constants that must be the same in both stages.
     """
     names = ("TASK", "RUN_DIR", "FEATURES", *same)
-    return shlex.join([script, *(f"{name}={constants[name]}" for name in names if constants[name])])
+    given = [f"{name}={constants[name]}" for name in names if constants.get(name)]
+    return shlex.join([script, *given])
 
 
 def goodbye(written: list[Path], next_command: str) -> None:

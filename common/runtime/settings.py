@@ -157,6 +157,14 @@ def not_negative(constants: dict[str, object], /, *names: str) -> None:
             raise UserError(f"{name}={constants[name]} must be 0 or more, and below 2^32")
 
 
+def at_most(constants: dict[str, object], most: int, /, *names: str) -> None:
+    """Raises UserError naming the first of these constants that is above `most`."""
+    for name in names:
+        if constants[name] > most:
+            raise UserError(f"{name}={constants[name]} is more than any use or memory: set it to "
+                            f"{most} or less")
+
+
 def choose(name: str, wanted: tuple[str, ...], known: Iterable[str]) -> list[str]:
     """The names in `wanted`, the value of constant `name`, once each; ("all",) means all known.
 

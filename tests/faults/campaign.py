@@ -14,6 +14,8 @@ only on SEED and its own name, and the moment of a kill also on the machine's sp
 repeats one case.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 import functools
 import json
 import sys

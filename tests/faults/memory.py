@@ -9,6 +9,8 @@ IMAGES, and an untrained agent for each. It evaluates both with 04_evaluate.py a
 resident memory of that process. The cache of 5,000 images takes 2 GB of disk meanwhile.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 import subprocess
 import sys
 import tempfile

@@ -15,6 +15,8 @@ Surgery's second path (as in Zhong et al., RegionCLIP, arXiv 2112.09106). The re
 small model learn, in few steps, where a named thing is.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 import json
 import time
 from collections.abc import Callable

@@ -18,6 +18,8 @@ pretraining; here a linear head on the embedding learns facts about each place (
 first alone and then together with the clicks.
 """
 
+import common.runtime.first  # noqa: F401  before torch
+
 import time
 from pathlib import Path
 
