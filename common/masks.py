@@ -121,11 +121,11 @@ def _is_lossy(picture: Image.Image, path: Path) -> bool:
 
 
 def _refused(path: Path, task: Task, found: str, example: str = "") -> UserError:
-    """The error about a mask that holds what is `found`; example: a value for FOREGROUND."""
+    """The error about a mask that holds what is `found`; example: a FOREGROUND that would help."""
     mend = "save one target as white on black"
-    if task.name == "folder":
-        which = f"FOREGROUND={example}, for one, or " if example else ""
-        mend += f", or say what is meant ({which}FOREGROUND=any for all but black)"
+    if task.name == "folder" and example:
+        mend += (f", or say what is meant (FOREGROUND={example}, for one, or FOREGROUND=any for "
+                 "all but black)")
     return UserError(f"{path} {found}: {mend}")
 
 
