@@ -11,33 +11,24 @@ import common.runtime.first  # noqa: F401  before torch
 
 import importlib.metadata
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
 from common.cache import Cache
-from common.cache_file import PICTURE, CacheWriter, Layout, known_places
+from common.cache_file import CacheWriter, Layout, known_places
 from common.datasets import draw_shots, left_out, list_samples, read_skip
 from common.frozen.clip_surgery import ClipSurgery
 from common.frozen.clip_weights import absolute_clip, load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder
 from common.frozen.sam_weights import absolute_sam, load_sam, sam_fingerprint
-from common.images import Sample
 from common.label_maps import check_samples
-from common.prepare import mask_summary, open_task, read_sample
+from common.prepare import Decoded, decode_ahead, mask_summary, open_task
 from common.results.data_sheet import draw_data, foreground_line
 from common.runtime import checkpoint, distributed, files, script, settings
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
-from common.tasks import Task
+from common.runtime.progress import Bar
 
 # what is segmented
 TASK = "demo_saliency"  # demo_blur|shadow|mirror|saliency|semantic, cuhk|sbu|msd|duts|voc, folder
@@ -65,33 +56,6 @@ DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 # where it goes
 RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # the cache; empty = features.h5 in the run folder
-
-
-class Decoded(NamedTuple):
-    """One image, ready for the models and the cache."""
-
-    row: int  # in the cache
-    seen: tuple[np.ndarray, np.ndarray]  # what SAM and CLIP see, see `FrozenModels.see`
-    label_map: np.ndarray  # uint8 (H, W)
-    picture: np.ndarray  # uint8 (256, 256, 3)
-
-
-def decode(row: int, sample: Sample, task: Task, frozen: FrozenModels) -> Decoded:
-    """Reads one image and its mask; runs in a thread of its own."""
-    image, label_map = read_sample(sample, task)
-    picture = Image.fromarray(image).resize((PICTURE, PICTURE), Image.BILINEAR)
-    return Decoded(row, frozen.see(image), label_map, np.asarray(picture))
-
-
-def decode_ahead(rows: list[int], images: list[Sample], task: Task,
-                 frozen: FrozenModels) -> Iterator[Decoded]:
-    """`decode` of these rows, in their order, by threads that work while the models compute."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        waiting = (pool.submit(decode, row, images[row], task, frozen) for row in rows)
-        ahead = deque(islice(waiting, 2 * BATCH_SIZE))
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(islice(waiting, 1))
 
 
 def main() -> None:
@@ -159,17 +123,15 @@ def main() -> None:
 
     mend = "choose a smaller SAM (SAM=vit_b is Meta's smallest), PRECISION=bf16 or DEVICE=cpu"
     missing = writer.missing()
-    decoded = decode_ahead(distributed.share(missing), images, task, frozen)
-    bar = tqdm(desc=f"embedding {TASK}", total=len(images), initial=len(images) - len(missing),
-               disable=distributed.RANK > 0)
+    decoded = decode_ahead(distributed.share(missing), images, task, frozen.see, WORKERS)
+    bar = Bar(f"embedding {TASK}", len(images), len(images) - len(missing))
     with writer, bar:
         for batch, (embeddings, maps) in in_batches(decoded, BATCH_SIZE, compute, mend):
             for image, embedding, own_maps in zip(batch, embeddings, maps):
                 writer.write(image.row, embedding, own_maps, image.label_map, image.picture)
-            done = len(images) - len(writer.missing())  # counts what other processes wrote
-            bar.update(done - bar.n)
+            bar.reach(len(images) - len(writer.missing()))  # counts what other processes wrote
         distributed.barrier()
-        bar.update(len(images) - bar.n)
+        bar.reach(len(images))
 
     print(f"{len(images)} images ({len(drawn)} training samples), "
           f"{path.stat().st_size / 1e6:.0f} MB")

@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.agent import Actor, gumbel_noise, policy
 from common.baselines import Baselines, label_points, oracle_clicks
@@ -29,6 +28,7 @@ from common.results import own_images
 from common.results.outputs import Drawing, Report, check_results_name
 from common.runtime import distributed, files, script, settings
 from common.runtime.batches import in_batches
+from common.runtime.progress import progress
 from common.runtime.run import Trained, open_run
 
 # what is evaluated
@@ -122,7 +122,7 @@ def segment(row: str, numbers: list[int], test_set: np.ndarray, cache: Cache, tr
 def evaluate(row: str, segment_batch: Callable, numbers: Sequence[int],
              drawing: Drawing) -> list[Score]:
     """One row's scores and pictures; segment_batch: `segment` of a row and numbers."""
-    scores, bar = [], tqdm(numbers, row, disable=distributed.RANK > 0)
+    scores, bar = [], progress(numbers, row, len(numbers))
     batches = in_batches(bar, BATCH_SIZE, partial(segment_batch, row), mend="set DEVICE=cpu")
     for batch, (truth, logits, actions, episode) in batches:
         hits = (truth.at_centres.gather(1, actions) == 1).sum(1).tolist()
@@ -154,8 +154,7 @@ def main() -> None:
             prompt("AlignSAM", episode, trained.actor, trained.srm, range(len(maps)))
             return episode
 
-        return own_images.segment(IMAGES, run.folder / "masks", run.cache, run.attributes, CLASSES,
-                                  align, trained.srm, run.device, made_with)
+        return own_images.segment(IMAGES, run, CLASSES, align, trained.srm, made_with)
 
     # the test samples, and what rows without rounds learn from the training samples
     test_set, shots = run.cache.samples("test"), trained.made_with["shots"]
@@ -174,8 +173,7 @@ def main() -> None:
             scores = distributed.gather(evaluate(row, segment_batch, mine, drawing))  # on rank 0
             if scores:
                 report.add(row, summarise(scores, drawing.classes, ROUNDS))
-    if distributed.RANK == 0:
-        report.write(baselines.threshold)
+    report.write(baselines.threshold)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,14 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def load_image(path: Path) -> np.ndarray:
+def load_image(path: Path, first_frame: bool = False) -> np.ndarray:
     """The picture as uint8 (H, W, 3) RGB, turned as its EXIF data say.
 
     Grey, palette, CMYK and 16-bit pictures are converted, and alpha is dropped.
+    first_frame: reads the first of several frames or pages, instead of refusing such a file.
     Raises UserError naming a file that cannot be read, or whose brightest value is not known.
     """
-    with opened(path) as picture:
+    with opened(path, first_frame) as picture:
         return as_array(ImageOps.exif_transpose(picture), "RGB", path)
 
 
@@ -60,15 +61,14 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path, first_frame: bool = False) -> Iterator[Image.Image]:
     """The picture at `path`; raises UserError, naming it, if it cannot be opened or decoded.
 
-    A file of several pages or frames is refused too, as only the first would be read. The second
-    picture in the JPEG of a camera (MPO) is a preview or a depth map, and is passed over.
+    A file of several pages or frames is refused too, unless `first_frame` is asked for.
     """
     try:
         with Image.open(path) as picture:
-            if getattr(picture, "is_animated", False) and picture.format != "MPO":
+            if _frames(picture) > 1 and not first_frame:
                 raise UserError(f"{path} holds {picture.n_frames} pages or frames: save the one "
                                 "that is meant as a file of its own")
             picture.filename = ""  # or Pillow maps the file, and garbles TIFFs that are turned
@@ -109,10 +109,14 @@ def as_array(picture: Image.Image, mode: Literal["RGB", "L"], path: Path) -> np.
 
 
 def frame_count(path: Path) -> int:
-    """How many frames of an animation or pages of a document; `load_image` takes the first."""
-    with opened(path) as picture:
-        is_sequence = picture.format in ("GIF", "PNG", "TIFF", "WEBP")  # others hold previews
-        return getattr(picture, "n_frames", 1) if is_sequence else 1
+    """How many frames of an animation or pages of a document the file holds."""
+    with opened(path, first_frame=True) as picture:
+        return _frames(picture)
+
+
+def _frames(picture: Image.Image) -> int:
+    is_sequence = picture.format in ("GIF", "PNG", "TIFF", "WEBP")  # others hold previews
+    return getattr(picture, "n_frames", 1) if is_sequence else 1
 
 
 def register_heif() -> None:

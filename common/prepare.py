@@ -1,12 +1,17 @@
-"""What stage 1 needs beside the models: the task and its data, and how its masks were read."""
+"""What stage 1 needs beside the models: the task and its data, decoded ahead of the models."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from common.cache_file import PICTURE
 from common.images import Sample, load_image
 from common.label_maps import Checked, load_label_map
 from common.runtime import distributed
@@ -57,3 +62,32 @@ def read_sample(sample: Sample, task: Task) -> tuple[np.ndarray, np.ndarray]:
         return image, load_label_map(sample, task, image.shape[:2])
     except UserError as error:
         raise UserError(f"{error}; or leave it out by SKIP={sample.place}") from error
+
+
+class Decoded(NamedTuple):
+    """One image, ready for the models and the cache."""
+
+    row: int  # in the cache
+    seen: tuple[np.ndarray, np.ndarray]  # what SAM and CLIP see, see `FrozenModels.see`
+    label_map: np.ndarray  # uint8 (H, W)
+    picture: np.ndarray  # uint8 (256, 256, 3)
+
+
+def decode_ahead(rows: Sequence[int], images: Sequence[Sample], task: Task, see: Callable,
+                 workers: int) -> Iterator[Decoded]:
+    """The images of these rows, in their order, read by threads while the models compute.
+
+    images: of all rows of the cache. see: `FrozenModels.see`. workers: how many threads there are;
+    each is up to eight images ahead.
+    """
+    def decode(row: int) -> Decoded:
+        image, label_map = read_sample(images[row], task)
+        picture = Image.fromarray(image).resize((PICTURE, PICTURE), Image.BILINEAR)
+        return Decoded(row, see(image), label_map, np.asarray(picture))
+
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = (pool.submit(decode, row) for row in rows)
+        ahead = deque(islice(waiting, 8 * workers))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(islice(waiting, 1))

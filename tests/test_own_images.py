@@ -214,9 +214,11 @@ def segment_dogs(images: str, out: Path, attributes: dict, align=left_half,
                  made_with: dict | None = None) -> None:
     """`segment` for a run that knows one text."""
     samples = np.zeros((1, 2), int)
-    cache = SimpleNamespace(attrs=attributes, texts=("dog",), samples=lambda split: samples)
+    cache = SimpleNamespace(texts=("dog",), samples=lambda split: samples)
+    assert out.name == "masks"
+    run = SimpleNamespace(folder=out.parent, cache=cache, attributes=attributes, device=CPU)
     made_with = {"shots": 0, "every_text": False} | (made_with or {})
-    segment(images, out, cache, cache.attrs, ("all",), align, None, CPU, made_with)
+    segment(images, run, ("all",), align, None, made_with)
 
 
 def test_the_mask_is_the_logits_at_the_images_size_and_no_overlay_replaces_it(tmp_path, stand_ins):

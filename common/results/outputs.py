@@ -14,7 +14,7 @@ from common.metrics import Score
 from common.results.paper import POOLED_NOTE, beside_pooled, paper_row, results_table, stand_ins
 from common.results.pictures import save_strips, strip
 from common.results.report import gallery_item, write_report
-from common.runtime import checkpoint
+from common.runtime import checkpoint, distributed
 from common.runtime.errors import UserError
 from common.runtime.files import require_ours, write_text
 from common.tasks import get_task
@@ -135,10 +135,12 @@ class Report:
                                     "rows": self.finished})
 
     def write(self, threshold: float | None) -> None:
-        """Writes results.json, the pictures and the report, then prints the tables.
+        """Writes results.json, the pictures and the report, then prints the tables; rank 0 alone.
 
         threshold: of CLIP Surgery's map, where a row needed one.
         """
+        if distributed.RANK > 0:
+            return
         content = self.content(threshold)
         paper = self.paper()
         written = [self.folder / self.name]

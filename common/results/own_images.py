@@ -35,6 +35,7 @@ from common.runtime import checkpoint, script
 from common.runtime.batches import in_batches, is_out_of_memory
 from common.runtime.errors import UserError, some
 from common.runtime.files import require_ours, write_text
+from common.runtime.run import Run
 from common.runtime.settings import choose
 
 _LONGEST = 255  # bytes of a file's name on most file systems
@@ -45,9 +46,9 @@ _PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-hei
 Align = Callable[[Tensor, Tensor], Episode]
 
 
-def segment(images: str, out: Path, cache: Cache, attributes: dict, classes: tuple[str, ...],
-            align: Align, srm: nn.Module, device: torch.device, made_with: dict) -> None:
-    """Segments every image of a folder and its subfolders. For photo.jpg it writes below `out`:
+def segment(images: str, run: Run, classes: tuple[str, ...], align: Align, srm: nn.Module,
+            made_with: dict) -> None:
+    """Segments all images of a folder and its subfolders. Of photo.jpg it writes below run/masks:
 
     photo.png           the binary mask, 0 or 255, of the image's own size
     overlays/photo.png  the image with its mask and points
@@ -61,7 +62,6 @@ def segment(images: str, out: Path, cache: Cache, attributes: dict, classes: tup
     features are not finite, it does not fit into memory, ...) is named, and the others go on; a
     later call tries it again. See `Progress`.
 
-    cache: the run's. attributes: its own, with SAM and CLIP where they lie now.
     classes: see `choose_texts`.
     align: AlignSAM's prompting. srm: the SRM that it uses.
     made_with: the settings of the run, for JSON.
@@ -70,20 +70,20 @@ def segment(images: str, out: Path, cache: Cache, attributes: dict, classes: tup
     in this folder or with an earlier one; where a file of the user's would be replaced; and at the
     end where images got no mask. OSError where the disk is full.
     """
-    folder, texts = Path(images).expanduser(), cache.texts
-    wanted = choose_texts(classes, cache, made_with)
+    folder, out, texts = Path(images).expanduser(), run.folder / "masks", run.cache.texts
+    wanted = choose_texts(classes, run.cache, made_with)
     paths, passed_over = find_images(folder, out)
     indices = [texts.index(text) for text in wanted]
     names = name_files(paths, [*wanted, "classes"] if len(texts) > 1 else [])
     progress = Progress(out, folder.resolve())
     progress.require_free(names)
-    frozen = load_models(attributes, texts, device)
+    frozen = load_models(run.attributes, texts, run.device)
     progress.go_on(paths, {"classes": indices, **made_with})
     segment_batch = partial(segment_one, frozen, align, indices)
 
     def make_masks(path: Path) -> int:
         """Writes all files of an image; returns how many frames the image has."""
-        image, frames = load_image(folder / path), frame_count(folder / path)
+        image, frames = load_image(folder / path, first_frame=True), frame_count(folder / path)
         mend = f"set DEVICE=cpu, or make {folder / path} smaller"
         batch = [(folder / path, image)]
         _, (episode, masks) = next(in_batches(batch, 1, segment_batch, mend))
@@ -256,7 +256,7 @@ def load_models(attributes: dict, texts: tuple[str, ...], device: torch.device) 
     for name, fingerprint in found.items():
         if fingerprint != attributes[f"{name}_fingerprint"]:
             raise UserError(f"{name.upper()}={attributes[name]} is not the one that made the "
-                            "cache: run stage 1 again")
+                            f"cache: set {name.upper()} to the one that did, or run stage 1 again")
     surgery = ClipSurgery(clip, tokenizer, attributes["clip_size"], texts)
     embedder = SamEmbedder(sam, attributes["precision"])
     return FrozenModels(embedder, surgery, attributes["image_size"])

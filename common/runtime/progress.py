@@ -1,4 +1,4 @@
-"""A progress bar that also says, once, how long the work is going to take."""
+"""Progress bars on stderr that also say, once on stdout, how long the work is going to take."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -12,33 +12,42 @@ ENOUGH = 5  # seconds of work from which the rest is estimated; at least one ite
 Item = TypeVar("Item")
 
 
-def progress(items: Iterable[Item], what: str, total: int, done: int = 0) -> Iterator[Item]:
-    """The items, under a bar on stderr; stdout gets one line with the time that is left.
+class Bar:
+    """A bar over `total` items, of which `done` were done by an earlier call; a context manager.
 
-    total: items in all, of which `done` were done by an earlier call. Rank 0 alone shows the bar.
+    Rank 0 alone shows it.
     """
-    bar = tqdm(items, what, initial=done, total=total, disable=distributed.RANK > 0)
-    clock = Clock(what, total - done)
-    for number, item in enumerate(bar, 1):
-        yield item
-        clock.tell(number)
 
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self.what, self.first, self.told = what, done, False
+        self.start = time.monotonic()
+        self.bar = tqdm(desc=what, total=total, initial=done, disable=distributed.RANK > 0)
+        self.total, self.done = total, done
 
-class Clock:
-    """Says once on stdout how long `count` items will take, as soon as enough of them are timed."""
+    def __enter__(self) -> "Bar":
+        return self
 
-    def __init__(self, what: str, count: int) -> None:
-        self.what, self.count, self.start, self.told = what, count, time.monotonic(), False
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
 
-    def tell(self, finished: int) -> None:
-        """To be called whenever items are finished. finished: how many since the start."""
-        spent = time.monotonic() - self.start
-        if self.told or spent < ENOUGH or not 0 < finished < self.count:
+    def reach(self, done: int) -> None:
+        """So many items are done now, those of earlier calls included."""
+        self.bar.update(done - self.done)
+        self.done, spent = done, time.monotonic() - self.start
+        if self.told or spent < ENOUGH or not self.first < done < self.total:
             return
         self.told = True
         if distributed.RANK == 0:
-            left = spent / finished * (self.count - finished)
+            left = spent / (done - self.first) * (self.total - done)
             tqdm.write(f"{self.what}: about {duration(left)} left")
+
+
+def progress(items: Iterable[Item], what: str, total: int, done: int = 0) -> Iterator[Item]:
+    """The items, under a `Bar`."""
+    with Bar(what, total, done) as bar:
+        for number, item in enumerate(items, done + 1):
+            yield item
+            bar.reach(number)
 
 
 def duration(seconds: float) -> str:
