@@ -112,8 +112,9 @@ def test_a_constant_that_must_be_positive_is_named(name, value):
 def test_a_script_prints_one_sentence_and_exits_with_1(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
+        '"""Doubles.\n\nA number.\n"""\n\n'
         "from common.runtime.script import run\n"
-        "ROUNDS = 15\n\n\n"
+        "TASK, ROUNDS = 'voc', 15\n\n\n"
         "def main():\n"
         "    print(ROUNDS * 2)\n\n\n"
         'if __name__ == "__main__":\n'
@@ -126,10 +127,10 @@ def test_a_script_prints_one_sentence_and_exits_with_1(tmp_path):
                               capture_output=True, text=True)
 
     good, bad = call("ROUNDS=4"), call("ROUNDS=four")
-    assert (good.returncode, good.stdout, good.stderr) == (0, "8\n", "")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "Doubles. TASK=voc\n8\n", "")
     assert bad.returncode == 1 and bad.stdout == ""
     assert bad.stderr == ("error: ROUNDS=four does not read as a whole number; "
-                          "the constants are ROUNDS=15\n")
+                          "the constants are TASK=voc, ROUNDS=15\n")
 
 
 @pytest.fixture
