@@ -11,38 +11,32 @@ import common.runtime.first  # noqa: F401  before torch
 
 import importlib.metadata
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
-from common.cache_file import PICTURE, CacheWriter, Layout
-from common.datasets import draw_shots, list_samples
+from common.cache import Cache
+from common.cache_file import CacheWriter, Layout, known_places
+from common.datasets import draw_shots, left_out, list_samples, read_skip
 from common.frozen.clip_surgery import ClipSurgery
 from common.frozen.clip_weights import absolute_clip, load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder
 from common.frozen.sam_weights import absolute_sam, load_sam, sam_fingerprint
-from common.images import Sample, load_image
-from common.label_maps import check_samples, load_label_map
+from common.label_maps import check_samples
+from common.prepare import Decoded, decode_ahead, mask_summary, open_task
+from common.results.data_sheet import draw_data, foreground_line
 from common.runtime import checkpoint, distributed, files, script, settings
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
-from common.tasks import Task, get_task, with_prompt
+from common.runtime.progress import Bar
 
 # what is segmented
 TASK = "demo_saliency"  # demo_blur|shadow|mirror|saliency|semantic, cuhk|sbu|msd|duts|voc, folder
 DATA_DIR = ""  # where the data set lies; empty = data/<TASK>
 PROMPT = ""  # the target's text: of TASK = "folder", or in place of another task's one text
+SKIP = ""  # samples to leave out: name or split/name, joined by commas, or a .txt list of names
 CUHK_WHITE_IS_BLURRED = True  # copies of CUHK differ in what white means; false: white is sharp
+FOREGROUND = ""  # in masks of several levels or colours (TASK=folder): 3, #ff0000 or any
 SHOTS = 50  # labelled training samples drawn (paper, section 4)
 SEED = 0  # of that draw
 
@@ -64,34 +58,6 @@ RUN_DIR = ""  # empty = runs/<TASK>
 FEATURES = ""  # the cache; empty = features.h5 in the run folder
 
 
-class Decoded(NamedTuple):
-    """One image, ready for the models and the cache."""
-
-    row: int  # in the cache
-    seen: tuple[np.ndarray, np.ndarray]  # what SAM and CLIP see, see `FrozenModels.see`
-    label_map: np.ndarray  # uint8 (H, W)
-    picture: np.ndarray  # uint8 (256, 256, 3)
-
-
-def decode(row: int, sample: Sample, task: Task, frozen: FrozenModels) -> Decoded:
-    """Reads one image and its mask; runs in a thread of its own."""
-    image = load_image(sample.image)
-    label_map = load_label_map(sample, task, image.shape[:2])
-    picture = Image.fromarray(image).resize((PICTURE, PICTURE), Image.BILINEAR)
-    return Decoded(row, frozen.see(image), label_map, np.asarray(picture))
-
-
-def decode_ahead(rows: list[int], images: list[Sample], task: Task,
-                 frozen: FrozenModels) -> Iterator[Decoded]:
-    """`decode` of these rows, in their order, by threads that work while the models compute."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        waiting = (pool.submit(decode, row, images[row], task, frozen) for row in rows)
-        ahead = deque(islice(waiting, 2 * BATCH_SIZE))
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(islice(waiting, 1))
-
-
 def main() -> None:
     settings.positive(globals(), "SHOTS", "IMAGE_SIZE", "PATCH_SIZE", "BATCH_SIZE", "WORKERS")
     settings.not_negative(globals(), "SEED", "CLIP_SIZE")
@@ -102,24 +68,22 @@ def main() -> None:
         raise UserError(f"PATCH_SIZE={PATCH_SIZE} does not divide IMAGE_SIZE={IMAGE_SIZE}: set one "
                         "that does")
     device = distributed.own(script.device(DEVICE))
-    task = with_prompt(get_task(TASK, PROMPT), PROMPT)
-    if TASK == "cuhk":
-        task = replace(task, white_is_foreground=CUHK_WHITE_IS_BLURRED)
-    data_dir = Path(DATA_DIR or f"data/{TASK}").expanduser()
-    if TASK.startswith("demo_") and not DATA_DIR:
-        from common.standin.scenes import write_dataset
-        with distributed.rank_0_first():
-            write_dataset(TASK.removeprefix("demo_"), data_dir)
-    elif "demo" in (SAM, CLIP):
-        print("SAM=demo and CLIP=demo are small stand-ins: see the README for the real models")
+    task, data_dir = open_task(globals())
+    run_dir = script.run_dir(RUN_DIR, TASK)
+    path, sheet = script.cache_path(FEATURES, run_dir), run_dir / "data.png"
+    files.require_ours(sheet)
 
     # the images: the drawn training samples and the whole test set
-    samples = list_samples(task, data_dir)
-    drawn = draw_shots(samples, task, SHOTS, SEED)  # (sample, text index) pairs
+    asked = read_skip(SKIP)
+    samples = list_samples(task, data_dir, asked)
+    skip = left_out(asked, samples, known_places(path))
+    drawn = draw_shots(samples, task, SHOTS, SEED, skip)  # (sample, text index) pairs
     shots = list(dict.fromkeys(sample for sample, _ in drawn))  # once, though drawn for two classes
-    images = shots + [sample for sample in samples if sample.split == "test"]
+    images = shots + [sample for sample in samples
+                      if sample.split == "test" and sample.place not in skip]
     row_of = {sample: row for row, sample in enumerate(images)}
-    sizes = check_samples(images, task)
+    checked = check_samples(images, task)
+    print(mask_summary(images, checked))
 
     # the frozen models
     with distributed.rank_0_first():  # weights are downloaded once
@@ -132,7 +96,8 @@ def main() -> None:
     # the cache, laid out before the first image
     layout = Layout(
         names=[sample.name for sample in images], splits=[sample.split for sample in images],
-        sizes=sizes, texts=task.texts, shots=[(row_of[sample], text) for sample, text in drawn],
+        sizes=[sample.size for sample in checked], texts=task.texts,
+        shots=[(row_of[sample], text) for sample, text in drawn],
         embedding=(sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size),
         frame=IMAGE_SIZE, patch=PATCH_SIZE)
     packages = ("torch", "segment_anything", "timm", "open_clip_torch")
@@ -143,12 +108,14 @@ def main() -> None:
         "clip_size": clip_size, "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
         "precision": "bf16" if embedder.bf16 else "fp32",
         **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),
+        **({"skip": sorted(skip)} if skip else {}),
+        **({"foreground": str(task.foreground)} if task.foreground is not None else {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "versions": {name: importlib.metadata.version(name) for name in packages}}
-    path = script.cache_path(FEATURES, script.run_dir(RUN_DIR, TASK))
+    there = {sample.place for sample in samples}
     with distributed.rank_0_first():  # the file is laid out once
         files.lock(path.parent)
-        writer = CacheWriter.open_or_create(path, layout, made_with)
+        writer = CacheWriter.open_or_create(path, layout, made_with, there)
 
     # F and M_c of the images that are missing, a share for each of torchrun's processes
     def compute(batch: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,21 +123,23 @@ def main() -> None:
 
     mend = "choose a smaller SAM (SAM=mobile_sam is the smallest), PRECISION=bf16 or DEVICE=cpu"
     missing = writer.missing()
-    decoded = decode_ahead(distributed.share(missing), images, task, frozen)
-    bar = tqdm(desc=f"embedding {TASK}", total=len(images), initial=len(images) - len(missing),
-               disable=distributed.RANK > 0)
+    decoded = decode_ahead(distributed.share(missing), images, task, frozen.see, WORKERS)
+    bar = Bar(f"embedding {TASK}", len(images), len(images) - len(missing))
     with writer, bar:
         for batch, (embeddings, maps) in in_batches(decoded, BATCH_SIZE, compute, mend):
             for image, embedding, own_maps in zip(batch, embeddings, maps):
                 writer.write(image.row, embedding, own_maps, image.label_map, image.picture)
-            done = len(images) - len(writer.missing())  # counts what other processes wrote
-            bar.update(done - bar.n)
+            bar.reach(len(images) - len(writer.missing()))  # counts what other processes wrote
         distributed.barrier()
-        bar.update(len(images) - bar.n)
+        bar.reach(len(images))
 
     print(f"{len(images)} images ({len(drawn)} training samples), "
           f"{path.stat().st_size / 1e6:.0f} MB")
-    script.goodbye([path], script.command("02_train_srm.py", globals()))
+    if distributed.RANK == 0:
+        cache = Cache.open(path, TASK)
+        draw_data(cache, sheet)
+        print(foreground_line(cache, task.paper))
+    script.goodbye([path, sheet], script.command("02_train_srm.py", globals()))
 
 
 if __name__ == "__main__":

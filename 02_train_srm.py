@@ -13,14 +13,15 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from common.episode import Episode, random_pixels
 from common.label_maps import IGNORE
+from common.metrics import centre_accuracy
 from common.results.pictures import plot_curves
 from common.runtime import checkpoint, files, script, settings
 from common.runtime.errors import UserError
+from common.runtime.progress import progress
 from common.runtime.run import Run, open_run
 from common.srm import CHANNEL_DROP, JOIN_KERNEL, build_srm, sample_at, train_step
 
@@ -83,32 +84,25 @@ def reach_state(kind: str, episode: Episode, srm: nn.Module, label_maps: list[np
         episode.prompt(points, foreground.long())
 
 
-def accuracy(srm: nn.Module, episode: Episode, truth: Tensor) -> tuple[float, float]:
-    """Share of patch centres labelled right: of those on foreground, of those on background.
-
-    truth: (B, A), 1 foreground, 0 background, 255 ignored.
-    """
-    centres = episode.centres.expand(len(truth), -1, -1)
-    y_r = sample_at(episode.foreground(srm), centres, episode.frame)
-    right = (y_r > 0.5) == (truth == 1)
-    return right[truth == 1].float().mean().item(), right[truth == 0].float().mean().item()
-
-
 def print_held_out_accuracy(run: Run, new_episode: partial, srm: nn.Module) -> None:
     """Accuracy at the patch centres of some test samples, in two kinds of state."""
     samples = run.cache.samples("test")
     spread = np.linspace(0, len(samples) - 1, min(HELD_OUT, len(samples)))
     samples = samples[spread.astype(int)]
-    embeddings = run.cache.embeddings(samples).to(run.device).float()
-    maps = run.cache.maps(samples).to(run.device)
-    truth_centres = run.cache.truth_centres(samples).to(run.device)
+    truth = run.cache.truth_centres(samples)
     for kind, name in (("no mask", "before any mask"),
                        ("test-time start", "test-time start and random points")):
-        episode = new_episode(embeddings, maps)
-        reach_state(kind, episode, srm, [], torch.Generator().manual_seed(0))
-        foreground, background = accuracy(srm, episode, truth_centres)
-        print(f"held-out patch centres labelled right, {name}: foreground {foreground:.3f}, "
-              f"background {background:.3f} ({len(samples)} test samples)")
+        generator, labels = torch.Generator().manual_seed(0), []
+        for some in np.array_split(samples, -(-len(samples) // 32)):  # all would fill a GPU
+            episode = new_episode(run.cache.embeddings(some).to(run.device).float(),
+                                  run.cache.maps(some).to(run.device))
+            reach_state(kind, episode, srm, [], generator)
+            labels.append(episode.labels_at_centres(srm).cpu())
+        shares = zip(("foreground", "background"), centre_accuracy(torch.cat(labels), truth))
+        told = [f"{side} " + (f"{share:.3f}" if share == share else "none there")  # not NaN
+                for side, share in shares]
+        print(f"held-out patch centres labelled right, {name}: {', '.join(told)} "
+              f"({len(samples)} test samples)")
 
 
 def check_constants() -> None:
@@ -127,6 +121,8 @@ def main() -> None:
     new_episode = partial(Episode, run.load_prompter(), centres=run.centres, residual=RESIDUAL)
     shots = run.cache.training_set(SHOTS, ROUNDS, run.device)
     files.lock(run.folder)
+    log_path, curves = run.folder / "srm_log.csv", run.folder / "srm_curves.png"
+    files.require_ours(log_path, curves)
 
     # the SRM, fresh or from where a killed run stopped
     branch = BRANCH or run.cache.attrs["branch"]
@@ -145,7 +141,7 @@ def main() -> None:
     log, done = (saved["log"], saved["step"]) if saved else ([], 0)
 
     steps = range(done + 1, STEPS + 1)
-    for step in tqdm(steps, "training the SRM", initial=done, total=STEPS):
+    for step in progress(steps, "training the SRM", STEPS, done):
         # a batch of samples, prompted into some state; ignored patches are never prompted
         rows = torch.randperm(len(shots.samples), generator=generator)[:SRM_BATCH]
         episode = new_episode(shots.embeddings[rows], shots.maps[rows],
@@ -161,14 +157,14 @@ def main() -> None:
         script.require_finite({"the SRM's loss": loss}, f"in step {step} on " + ", ".join(names))
 
         if step % LOG_EVERY == 0:
-            foreground, background = accuracy(srm, episode, shots.truth_centres[rows])
+            labels = episode.labels_at_centres(srm)
+            foreground, background = centre_accuracy(labels, shots.truth_centres[rows])
             log.append({"step": step, "loss": loss, "foreground_accuracy": foreground,
                         "background_accuracy": background})
         if step % SAVE_EVERY == 0 or step == STEPS:
             checkpoint.save_training(path, made_with, log, finished=step == STEPS, step=step,
                                      srm=srm, optimizer=optimizer, generator=generator)
 
-    log_path, curves = run.folder / "srm_log.csv", run.folder / "srm_curves.png"
     checkpoint.write_log(log_path, log)
     plot_curves(log, curves, f"{TASK}, stage 2: SRM ({branch} branch)")
     print_held_out_accuracy(run, new_episode, srm)

@@ -11,7 +11,6 @@ import time
 from statistics import fmean
 
 import torch
-from tqdm import tqdm
 
 from common.agent import (
     LOGIT_SCALE,
@@ -32,6 +31,7 @@ from common.metrics import grid_iou
 from common.results.pictures import plot_curves
 from common.runtime import checkpoint, files, script, settings
 from common.runtime.errors import UserError
+from common.runtime.progress import progress
 from common.runtime.run import open_run
 from common.srm import CHANNEL_DROP, build_srm, train_step
 
@@ -134,21 +134,21 @@ def main() -> None:
         "srm": checkpoint.fingerprint(start["srm"]),
         "stage_2": {name: start["settings"][name] for name in _OF_STAGE_2}}
     log_path, curves = run.folder / "agent_log.csv", run.folder / "agent_curves.png"
+    files.require_ours(log_path, curves)
     path, this_stage = run.folder / "agent.pt", script.command("03_train_agent.py", globals())
     saved = checkpoint.resume(path, this_stage, made_with, {}, **learner._asdict(),
                               generator=generator)
     log = saved["log"] if saved else []
 
     numbers = range(len(log) + 1, EPISODES + 1)
-    for number in tqdm(numbers, "training the agent", initial=len(log), total=EPISODES):
+    for number in progress(numbers, "training the agent", EPISODES, len(log)):
         started = time.time()
         allowed = shots.truth_centres != IGNORE  # patches on ignored pixels are never chosen
         episode = Episode(prompter, shots.embeddings, shots.maps, run.centres, allowed, residual)
         rollout, srm_log = roll_out(learner, episode, shots, made_with, generator)
 
         # Eqs. 6 and 7: returns that end in V(s_{T+1}), s_{T+1} = F * M_T, and advantages
-        with torch.no_grad():
-            last_value = critic(episode.action_state())
+        last_value = critic(episode.action_state()).detach()
         targets = returns(rollout.rewards, last_value, GAMMA)
         advantages = normalise(targets - rollout.values)
 

@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.agent import Actor, gumbel_noise, policy
 from common.baselines import Baselines, label_points, oracle_clicks
@@ -29,6 +28,7 @@ from common.results import own_images
 from common.results.outputs import Drawing, Report, check_results_name
 from common.runtime import distributed, files, script, settings
 from common.runtime.batches import in_batches
+from common.runtime.progress import progress
 from common.runtime.run import Trained, open_run
 
 # what is evaluated
@@ -40,7 +40,7 @@ SEED = 0  # of the random patches (w/o RL), and of SAMPLE_ACTIONS
 
 # images of your own
 IMAGES = ""  # a folder of images without ground truth, to segment instead of the cached test set
-CLASSES = ("all",)  # with IMAGES: which of the run's texts to look for
+CLASSES = ("all",)  # with IMAGES: which of the run's texts to look for; all = those trained on
 
 # how
 BATCH_SIZE = 32  # test samples prompted side by side; halves itself where memory runs out
@@ -122,16 +122,18 @@ def segment(row: str, numbers: list[int], test_set: np.ndarray, cache: Cache, tr
 def evaluate(row: str, segment_batch: Callable, numbers: Sequence[int],
              drawing: Drawing) -> list[Score]:
     """One row's scores and pictures; segment_batch: `segment` of a row and numbers."""
-    scores, bar = [], tqdm(numbers, row, disable=distributed.RANK > 0)
+    scores, bar = [], progress(numbers, row, len(numbers))
     batches = in_batches(bar, BATCH_SIZE, partial(segment_batch, row), mend="set DEVICE=cpu")
     for batch, (truth, logits, actions, episode) in batches:
         hits = (truth.at_centres.gather(1, actions) == 1).sum(1).tolist()
         points, labels = episode.points.cpu().numpy(), episode.labels.cpu().numpy()
         for index, label_map in enumerate(truth.label_maps):
-            masks = [full_masks(after[index], label_map.shape).cpu().numpy() for after in logits]
+            masks = torch.stack([full_masks(after[index], label_map.shape) for after in logits])
+            masks = masks.cpu().numpy()  # (1 + T, H, W): the device is waited for once
             score = Score.of(batch[index], masks, label_map, actions.shape[1], hits[index])
             pictures = drawing.draw(row, score, masks, label_map, points[index], labels[index])
             scores.append(score._replace(pictures=pictures))
+        del logits, episode  # or they stay while the next batch is computed
     return scores
 
 
@@ -152,8 +154,7 @@ def main() -> None:
             prompt("AlignSAM", episode, trained.actor, trained.srm, range(len(maps)))
             return episode
 
-        return own_images.segment(IMAGES, run.folder / "masks", run.attributes, run.cache.texts,
-                                  CLASSES, align, trained.srm, run.device, made_with)
+        return own_images.segment(IMAGES, run, CLASSES, align, trained.srm, made_with)
 
     # the test samples, and what rows without rounds learn from the training samples
     test_set, shots = run.cache.samples("test"), trained.made_with["shots"]
@@ -172,8 +173,7 @@ def main() -> None:
             scores = distributed.gather(evaluate(row, segment_batch, mine, drawing))  # on rank 0
             if scores:
                 report.add(row, summarise(scores, drawing.classes, ROUNDS))
-    if distributed.RANK == 0:
-        report.write(baselines.threshold)
+    report.write(baselines.threshold)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 PYTHON ?= python3
 TASK ?= demo_saliency
 STAGE1 ?=
+PROMPT ?=
 TASKS ?= demo_blur demo_shadow demo_mirror demo_saliency demo_semantic
 SEEDS ?= 0
 FIGURE7 ?= 0
+SAM ?= vit_b
 DEVICE ?= auto
 RUN = .venv/bin/python
 # torch's threads sleep while they wait: beside another busy process, spinning makes it crawl
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test row tables seeds bench faults standin
+.PHONY: demo test row tables seeds bench faults standin help
+# PROMPT=text as one word for the shell, whatever it holds
+QUOTED = $(if $(PROMPT),'PROMPT=$(subst ','\'',$(PROMPT))')
 
 demo: .venv/installed  ## install, run all four stages on the embedded default, print its table
 	$(RUN) 01_cache_features.py
@@ -17,8 +21,8 @@ demo: .venv/installed  ## install, run all four stages on the embedded default, 
 	$(RUN) 03_train_agent.py
 	$(RUN) 04_evaluate.py
 
-row: .venv/installed  ## the four stages for one task: make row TASK=duts STAGE1="SAM=vit_h CLIP=ViT-B-16-quickgelu/openai"
-	$(RUN) 01_cache_features.py TASK=$(TASK) DEVICE=$(DEVICE) $(STAGE1)
+row: .venv/installed  ## the four stages for one task: make row TASK=duts STAGE1="SAM=vit_h CLIP=ViT-B-16-quickgelu/openai" [PROMPT="a text"]
+	$(RUN) 01_cache_features.py TASK=$(TASK) DEVICE=$(DEVICE) $(QUOTED) $(STAGE1)
 	$(RUN) 02_train_srm.py TASK=$(TASK) DEVICE=$(DEVICE)
 	$(RUN) 03_train_agent.py TASK=$(TASK) DEVICE=$(DEVICE)
 	$(RUN) 04_evaluate.py TASK=$(TASK) DEVICE=$(DEVICE)
@@ -30,8 +34,8 @@ seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, t
 	for task in $(TASKS); do \
 		$(RUN) -m common.results.tables TASK=$$task SEEDS=0,1,2 EXPERIMENTS=main DEVICE=$(DEVICE) || exit 1; done
 
-bench: .venv/installed  ## how fast the parts are beside what they replace: make bench DEVICE=cuda
-	$(RUN) -m common.results.bench DEVICE=$(DEVICE)
+bench: .venv/installed  ## how fast the parts are beside what they replace: make bench SAM=mobile_sam DEVICE=cuda
+	$(RUN) -m common.results.bench SAM=$(SAM) DEVICE=$(DEVICE)
 
 faults: .venv/installed  ## kill stages, fill disks and damage files at random: ten minutes
 	$(RUN) -m tests.faults.campaign KILLS=200 INPUTS=1000
@@ -42,6 +46,9 @@ standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: tw
 
 test: .venv/installed  ## install, run the tests
 	$(RUN) -m pytest -q tests
+
+help:  ## these lines
+	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' Makefile
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

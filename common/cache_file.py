@@ -26,7 +26,8 @@ A kill does no harm. `create` lays out the whole file under another name, reserv
 renames it; HDF5 never opens it for writing again. An entry's bytes go straight to the offsets that
 HDF5 reports and are synced; only then is its `done` byte set. So a kill can neither damage HDF5's
 own structures nor leave a half-written entry that counts as whole. Once the file exists, several
-processes may write different images. Needs `os.pwrite` (Linux, macOS, WSL).
+processes may write different images. Needs `os.pwrite` (Linux, macOS, WSL). Where SKIP has changed
+the images, a second file is laid out and filled with the entries that stay, and then renamed.
 
 Damage by a disk or a copy is noticed: HDF5 keeps checksums of its own structures (readers need
 HDF5 1.10 or newer), and each image's part of a dataset is compared with its CRC when it is first
@@ -39,7 +40,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +50,11 @@ import torch
 
 from common.frozen.clip_weights import absolute_clip
 from common.frozen.sam_weights import absolute_sam
+from common.images import composed
 from common.label_maps import IGNORE
 from common.layers import interval_overlaps
 from common.open_mark import IN_USE, unmarked
-from common.runtime.errors import UserError
+from common.runtime.errors import UserError, some
 from common.runtime.reading import reading
 from common.runtime.settings import require_same
 
@@ -323,6 +325,7 @@ def _check_values(file: h5py.File) -> None:
     once = len(np.unique(shots, axis=0)) == len(shots)
     _require(within and (split[shots[:, 0]] == b"train").all() and once,
              "/shots names other than training samples, or one twice")
+    _skipped(file)  # raises ValueError or TypeError where that is no list
 
 
 def _check_sums(file: h5py.File) -> None:
@@ -343,23 +346,57 @@ def _require(holds: bool, otherwise: str) -> None:
 # ---- writing it, image by image ------------------------------------------------------------------
 
 
-def _require_same_run(path: Path, file: h5py.File, layout: Layout, made_with: dict) -> None:
-    """Raises UserError at the first attribute or array in which the file differs from a new one."""
-    new = _attributes(layout, made_with)
-    compared = {name: value for name, value in new.items() if name not in NOT_COMPARED}
-    stored = stored_attributes(file)
-    for name, absolute in (("sam", absolute_sam), ("clip", absolute_clip)):
-        stored[name] = absolute(str(stored.get(name)))  # older caches keep paths as they were given
-    require_same(path, stored, compared, MEND)
+def _difference(file: h5py.File, layout: Layout) -> str | None:
+    """Where the file's images, sizes and samples first differ from the layout's; None if nowhere.
+
+    Names count as equal in either form of Unicode.
+    """
     for name, values in _known(layout).items():
         was, now = file[name][:].tolist(), values.tolist()
+        if values.dtype.kind == "S":
+            was, now = ([composed(os.fsdecode(one)) for one in both] for both in (was, now))
         if was != now:
             pairs = [(then, today) for then, today in zip(was, now) if then != today]
             then, today = pairs[0] if pairs else (len(was), len(now))
-            if isinstance(then, bytes):
-                then, today = os.fsdecode(then), os.fsdecode(today)
-            raise UserError(f"{path} was made from other images than DATA_DIR holds now "
-                            f"(/{name}: {then} then, {today} now): {MEND}")
+            return f"/{name}: {then} then, {today} now"
+    return None
+
+
+def _places(file: h5py.File) -> list[str]:
+    """split/name of every image, as `Sample.place` has it."""
+    pairs = zip(file["split"][:], file["names"][:])
+    return [composed(os.fsdecode(split + b"/" + name)) for split, name in pairs]
+
+
+def _skipped(file: h5py.File) -> set[str]:
+    """The places (split/name) that SKIP left out when the file was laid out."""
+    return set(json.loads(stored_attributes(file).get("skip", "[]")))
+
+
+def known_places(path: Path) -> set[str]:
+    """split/name of all images that the cache at `path` holds or left out; none without a file."""
+    if not path.exists():
+        return set()
+    with open_file(path) as file:
+        return set(_places(file)) | _skipped(file)
+
+
+def _lay_out_anew(path: Path, unfinished: Path, layout: Layout, made_with: dict) -> None:
+    """Replaces the cache by one of this layout, with all entries that both have.
+
+    unfinished: where it lies until it holds them. The old file stays so long: a kill loses nothing.
+    """
+    create(unfinished, layout, made_with)
+    with CacheWriter.open(path) as old, CacheWriter.open(unfinished) as new:
+        done = sorted(set(range(len(old.names))) - set(old.missing()))
+        row_of = {(old.places[row], *old.sizes[row]): row for row in done}
+        keys = [(place, *size) for place, size in zip(new.places, new.sizes)]
+        kept = [(row, row_of[key]) for row, key in enumerate(keys) if key in row_of]
+        print(f"SKIP has changed: {path} is laid out anew, and {len(kept)} of its {len(keys)} "
+              "images are taken over")
+        for row, old_row in kept:
+            new.copy(row, old, old_row)
+    os.replace(unfinished, path)
 
 
 def _entry_offsets(file: h5py.File, name: str) -> list[int]:
@@ -382,24 +419,59 @@ class CacheWriter:
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path, self.fd = path, os.open(path, os.O_RDWR)
         self.names = [os.fsdecode(name) for name in file["names"][:]]
+        self.places = _places(file)
         self.sizes = file["sizes"][:].tolist()
         self.frame, self.patch = int(file.attrs["frame"]), int(file.attrs["patch_size"])
         self.rows = {name: (file[name].shape[1:], file[name].dtype) for name in ENTRY}
         self.offsets = {name: _entry_offsets(file, name) for name in ENTRY}
 
     @classmethod
-    def open_or_create(cls, path: Path, layout: Layout, made_with: dict) -> "CacheWriter":
+    def open(cls, path: Path) -> "CacheWriter":
+        with open_file(path) as file:
+            return cls(path, file)
+
+    @classmethod
+    def open_or_create(cls, path: Path, layout: Layout, made_with: dict,
+                       there: Collection[str] | None = None) -> "CacheWriter":
         """Goes on with the file at `path`, or creates it.
 
         made_with: what the cached features depend on, under the constants' names in lower case
         ("seed" for SEED), and "time" and "versions", the two that may differ from the file's.
-        Raises UserError naming the constant where the file contradicts `made_with` or `layout`.
+        "skip", if given, is the list of the places (split/name) that SKIP leaves out. If it is
+        another one than the file's, so may be the images: then the file is laid out anew, with all
+        entries that stay.
+        there: places of all samples on the disk, None if that does not matter.
+        Raises UserError naming the constant where the file contradicts `made_with` or `layout`, or
+        the images where some are neither there nor skipped.
         """
         if not path.exists():
             create(path, layout, made_with)
+            return cls.open(path)
+        now, skip = _attributes(layout, made_with), set(made_with.get("skip", ()))
         with open_file(path) as file:
-            _require_same_run(path, file, layout, made_with)
-            return cls(path, file)
+            stored = stored_attributes(file)
+            for name, absolute in (("sam", absolute_sam), ("clip", absolute_clip)):
+                # older caches keep paths as they were given
+                stored[name] = absolute(str(stored.get(name)))
+            # a constant that is stored only where it is set (FOREGROUND) may be in the file alone
+            wanted = now | {name: "empty" for name in stored if name not in now}
+            compared = {name: value for name, value in wanted.items()
+                        if name not in (*NOT_COMPARED, "skip")}
+            require_same(path, stored, compared, MEND)
+            difference, skipped, held = _difference(file, layout), _skipped(file), _places(file)
+        unfinished = path.with_name(path.name + ".new")
+        unfinished.unlink(missing_ok=True)  # left by a kill
+        explained = {*held} if there is None else {*there, *skip}
+        gone = [place for place in held if place not in explained]
+        if difference and gone:
+            raise UserError(f"{path} holds {some(gone)}, and DATA_DIR no longer does: put them "
+                            f"back, name them in SKIP, or {MEND}")
+        if difference and skip == skipped:
+            raise UserError(f"{path} was made from other images than DATA_DIR holds now "
+                            f"({difference}): {MEND}")
+        if difference:
+            _lay_out_anew(path, unfinished, layout, made_with)
+        return cls.open(path)
 
     def missing(self) -> list[int]:
         """The rows that are not done, read afresh from the file."""
@@ -446,6 +518,15 @@ class CacheWriter:
             self._put(dataset, row, values)
         os.fsync(self.fd)  # the data are on the disk before the flag that vouches for them
         self._put("done", row, np.ones((), np.uint8))  # synced with the next entry, or by `close`
+
+    def copy(self, row: int, other: "CacheWriter", other_row: int) -> None:
+        """Takes over the entry of an image of the same size, byte for byte, with its CRCs."""
+        for dataset in ENTRY:
+            shape, dtype = self.rows[dataset]
+            shape = self.sizes[row] if dataset == "labels" else shape
+            size = math.prod(shape) * dtype.itemsize
+            data = os.pread(other.fd, size, other.offsets[dataset][other_row])
+            self._put(dataset, row, np.frombuffer(data, np.uint8))
 
     def _put(self, dataset: str, row: int, values: np.ndarray) -> None:
         data, offset = memoryview(values.tobytes()), self.offsets[dataset][row]

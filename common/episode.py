@@ -78,6 +78,11 @@ class Episode:
         """y_r (B, h, w): the SRM's foreground probability in the current state (Eq. 12)."""
         return self.foreground_logits(srm).sigmoid()
 
+    def labels_at_centres(self, srm: nn.Module) -> Tensor:
+        """bool (B, A): what the SRM calls the patch centres in the current state."""
+        centres = self.centres.expand(len(self.mask), -1, -1)
+        return sample_at(self.foreground(srm), centres, self.frame) > 0.5
+
     def label_by(self, y_r: Tensor, actions: Tensor) -> Tensor:
         """(B,) 1 where y_r, sampled at the chosen patch centre, is above one half."""
         points = self.centres[actions][:, None]

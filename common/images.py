@@ -1,7 +1,8 @@
 """Pictures on disk: how they are opened, turned and converted, whatever their format."""
 
+import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,33 +25,53 @@ class Sample:
     mask: Path
     split: Literal["train", "test"]
 
+    @property
+    def place(self) -> str:
+        """split/name, which no other sample has."""
+        return f"{self.split}/{self.name}"
 
-def load_image(path: Path) -> np.ndarray:
+
+def composed(name: str) -> str:
+    """A name with accents as single characters; macOS may write letter and accent as two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def load_image(path: Path, first_frame: bool = False) -> np.ndarray:
     """The picture as uint8 (H, W, 3) RGB, turned as its EXIF data say.
 
     Grey, palette, CMYK and 16-bit pictures are converted, and alpha is dropped.
+    first_frame: reads the first of several frames or pages, instead of refusing such a file.
     Raises UserError naming a file that cannot be read, or whose brightest value is not known.
     """
-    with opened(path) as picture:
+    with opened(path, first_frame) as picture:
         return as_array(ImageOps.exif_transpose(picture), "RGB", path)
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(H, W) of what `load_image` returns, without decoding a JPEG.
 
-    Pillow reads a PNG to its end to find the EXIF data. Raises UserError naming a file that cannot
-    be read.
+    Pillow reads a PNG to its end to find the EXIF data, and turns a TIFF when it decodes it. Raises
+    UserError naming a file that cannot be read.
     """
     with opened(path) as picture:
+        if picture.format == "TIFF":
+            picture.load()
         width, height = picture.size
         return (width, height) if orientation_of(picture) in QUARTER_TURNS else (height, width)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """The picture at `path`; raises UserError, naming it, if it cannot be opened or decoded."""
+def opened(path: Path, first_frame: bool = False) -> Iterator[Image.Image]:
+    """The picture at `path`; raises UserError, naming it, if it cannot be opened or decoded.
+
+    A file of several pages or frames is refused too, unless `first_frame` is asked for.
+    """
     try:
         with Image.open(path) as picture:
+            if _frames(picture) > 1 and not first_frame:
+                raise UserError(f"{path} holds {picture.n_frames} pages or frames: save the one "
+                                "that is meant as a file of its own")
+            picture.filename = ""  # or Pillow maps the file, and garbles TIFFs that are turned
             yield picture
     except UserError:
         raise
@@ -77,6 +98,8 @@ def as_array(picture: Image.Image, mode: Literal["RGB", "L"], path: Path) -> np.
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         top = values.max()
+        if values.min() < 0:
+            raise UserError(f"{path} holds negative numbers: save it with 8 bits a channel")
         if 255 < top < 2**12:
             raise UserError(f"{path} has 16 bits or more and its values end at {top}, so that it "
                             "would be read as black: save it with 8 bits a channel")
@@ -84,3 +107,20 @@ def as_array(picture: Image.Image, mode: Literal["RGB", "L"], path: Path) -> np.
         picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return np.array(picture.convert(mode))
 
+
+def frame_count(path: Path) -> int:
+    """How many frames of an animation or pages of a document the file holds."""
+    with opened(path, first_frame=True) as picture:
+        return _frames(picture)
+
+
+def _frames(picture: Image.Image) -> int:
+    is_sequence = picture.format in ("GIF", "PNG", "TIFF", "WEBP")  # others hold previews
+    return getattr(picture, "n_frames", 1) if is_sequence else 1
+
+
+def register_heif() -> None:
+    """Lets Pillow read HEIC and HEIF from now on, if the package pillow-heif is installed."""
+    with suppress(ImportError):
+        import pillow_heif
+        pillow_heif.register_heif_opener()

@@ -103,6 +103,16 @@ def grid_iou(mask: Tensor, truth: Tensor) -> float:
     return ((predicted & foreground).sum((1, 2)) / union).mean().item()
 
 
+def centre_accuracy(labels: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Share of patch centres labelled right: of those on foreground, of those on background.
+
+    labels: bool (B, A). truth: (B, A), 1 foreground, 0 background, 255 ignored.
+    A share is NaN where there are no such centres.
+    """
+    right = labels == (truth == 1)
+    return right[truth == 1].float().mean().item(), right[truth == 0].float().mean().item()
+
+
 def e_measure(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Enhanced-alignment measure (Fan et al., IJCAI 2018) of two (n,) bool arrays.
 
@@ -162,9 +172,9 @@ class Score(NamedTuple):
     pictures: dict = {}
 
     @classmethod
-    def of(cls, number: int, masks: list[np.ndarray], truth: np.ndarray, chosen: int,
+    def of(cls, number: int, masks: np.ndarray, truth: np.ndarray, chosen: int,
            hits: int) -> "Score":
-        """masks: bool (H, W) after each round. truth: uint8 (H, W), 255 ignored."""
+        """masks: bool (1 + T, H, W), after each round. truth: uint8 (H, W), 255 ignored."""
         metrics, counts = evaluate_mask(masks[-1], truth), count_pixels(masks[-1], truth)
         ious = [overlap(mask, truth) for mask in masks]
         return cls(number, metrics, counts, ious, chosen, hits)

@@ -1,5 +1,6 @@
 """The tasks: what is segmented, by which text, with which branch of the SRM, on which data."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,6 +29,8 @@ class Task:
     paper: key of this task in the paper's tables, None if the paper has no such task.
     home: where to download the data set, "" if there is nothing to download.
     white_is_foreground: whether white marks the foreground in its binary masks; otherwise black.
+    foreground: what marks it in masks of several levels or colours: a grey level or palette index,
+        a colour ("#ff0000"), or "any" for all but 0 and black. None for plain binary masks.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Task:
     paper: str | None
     home: str = ""
     white_is_foreground: bool = True
+    foreground: int | str | None = None
 
 
 def _paper(name: str, title: str, branch: str, texts: tuple[str, ...], home: str) -> Task:
@@ -104,3 +108,22 @@ def with_prompt(task: Task, prompt: str) -> Task:
         raise UserError(f'PROMPT="{prompt}" cannot stand for the {len(task.texts)} texts of '
                         f"{task.name}: leave it out")
     return replace(task, texts=(prompt,))
+
+
+def with_foreground(task: Task, foreground: str) -> Task:
+    """The task "folder" with what the constant FOREGROUND says; unchanged if that is empty.
+
+    Raises UserError for another task, and for what is no level, index, colour or "any".
+    """
+    foreground = foreground.strip().lower()
+    if not foreground:
+        return task
+    if task.name != "folder":
+        raise UserError(f"FOREGROUND={foreground} is for TASK=folder, and {task.name} has masks of "
+                        "its own kind: leave it out")
+    if re.fullmatch("[0-9]{1,5}", foreground) and int(foreground):
+        return replace(task, foreground=int(foreground))
+    if foreground == "any" or re.fullmatch("#[0-9a-f]{6}", foreground):
+        return replace(task, foreground=foreground)
+    raise UserError(f"FOREGROUND={foreground} must be a grey level or palette index above 0 "
+                    "(FOREGROUND=3, for one), a colour (FOREGROUND=#ff0000), or any")

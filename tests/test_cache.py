@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from common.cache_file import (
     Layout,
     bytes_per_image,
     create,
+    known_places,
     truth_at_centres,
     truth_on_grid,
 )
@@ -207,6 +209,175 @@ def test_an_entry_that_is_done_is_left_as_it_is(path):
     assert assert_done_entries_are_whole(path) == 1
 
 
+# ---- SKIP ----------------------------------------------------------------------------------------
+
+
+THERE = {"train/first", "test/naïve", "train/third", "test/fourth", "train/fifth"}
+# "third" is left out, and "fifth" is drawn in its place
+FEWER = replace(LAYOUT, names=["first", "fifth", "naïve", "fourth"],
+                splits=["train", "train", "test", "test"],
+                sizes=[(7, 11), (3, 3), (9, 5), (4, 4)], shots=[(1, 0), (0, 1)])
+FORMER = {0: 0, 2: 1, 3: 3}  # rows of FEWER: rows of LAYOUT
+SKIPPING = ATTRIBUTES | {"skip": ["train/third"]}
+
+
+def entry_bytes(path: Path, row: int) -> list[bytes]:
+    """One image's part of each dataset, as plain h5py reads it."""
+    with h5py.File(path, "r") as file:
+        start, end = file["label_offsets"][row : row + 2]
+        parts = [file[name][row] for name in (*SUMMED, "crc", "done") if name != "labels"]
+        return [part.tobytes() for part in (*parts, file["labels"][start:end])]
+
+
+def skip_third(path: Path) -> list[int]:
+    """Leaves out "third"; returns the rows that are missing then."""
+    with CacheWriter.open_or_create(path, FEWER, SKIPPING, THERE) as writer:
+        return writer.missing()
+
+
+def test_images_that_stay_when_skip_changes_are_taken_over_byte_for_byte(complete, capsys):
+    before = [entry_bytes(complete, row) for row in range(4)]
+    assert skip_third(complete) == [1]
+    for row, former in FORMER.items():
+        assert entry_bytes(complete, row) == before[former]
+    assert "SKIP has changed" in capsys.readouterr().out
+    with h5py.File(complete) as file:
+        assert file["names"].asstr()[:].tolist() == FEWER.names
+        assert file.attrs["skip"] == '["train/third"]'
+    assert [file.name for file in complete.parent.iterdir()] == ["features.h5"]
+    assert skip_third(complete) == [1] and "anew" not in capsys.readouterr().out
+
+
+def test_an_image_that_was_not_done_is_not_taken_over(path, capsys):
+    write(path, rows=[0, 1, 2])
+    assert skip_third(path) == [1, 3]
+    assert "2 of its 4 images are taken over" in capsys.readouterr().out
+
+
+def test_an_image_of_another_size_now_is_not_taken_over(complete):
+    layout = replace(FEWER, sizes=[(7, 11), (3, 3), (9, 6), (4, 4)])
+    with CacheWriter.open_or_create(complete, layout, SKIPPING, THERE) as writer:
+        assert writer.missing() == [1, 2]
+
+
+def test_a_cache_laid_out_anew_has_another_identity_and_reads_as_a_new_one(complete, tmp_path):
+    identity = Cache.open(complete).identity()
+    new = {row: entry(former) for row, former in FORMER.items()}
+    new[1] = entry(3) | {"label_map": np.eye(3, dtype=np.uint8)}
+    skip_third(complete)
+    with (
+        CacheWriter.open_or_create(complete, FEWER, SKIPPING, THERE) as writer,
+        CacheWriter.open_or_create(tmp_path / "new.h5", FEWER, SKIPPING, THERE) as fresh,
+    ):
+        writer.write(1, **new[1])
+        for row, values in new.items():
+            fresh.write(row, **values)
+    assert contents(complete) == contents(tmp_path / "new.h5")
+    assert Cache.open(complete).identity() != identity
+
+
+def test_what_skip_leaves_out_is_computed_when_it_is_wanted_again(complete):
+    skip_third(complete)
+    with CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES, THERE) as writer:
+        assert writer.missing() == [2]
+    with h5py.File(complete) as file:
+        assert "skip" not in file.attrs
+
+
+def test_a_skip_that_changes_no_image_leaves_the_file_as_it_is(complete):
+    before = complete.read_bytes()
+    skipping = ATTRIBUTES | {"skip": ["train/sixth"]}
+    CacheWriter.open_or_create(complete, LAYOUT, skipping, {*THERE, "train/sixth"}).close()
+    assert complete.read_bytes() == before
+
+
+@pytest.mark.parametrize("skip", [{}, {"skip": ["train/first"]}])
+def test_images_that_are_neither_on_the_disk_nor_skipped_are_named_with_skip(complete, skip):
+    before, there = complete.read_bytes(), THERE - {"train/third"}
+    with pytest.raises(UserError, match=r"holds train/third, and DATA_DIR no longer does: put "
+                                        "them back, name them in SKIP, or set another RUN_DIR"):
+        CacheWriter.open_or_create(complete, FEWER, ATTRIBUTES | skip, there)
+    assert complete.read_bytes() == before
+    with CacheWriter.open_or_create(complete, FEWER, SKIPPING, there) as writer:
+        assert writer.missing() == [1]
+
+
+def test_other_images_under_the_same_skip_are_a_contradiction(complete):
+    with pytest.raises(UserError, match="/names: naïve then, fifth now"):
+        CacheWriter.open_or_create(complete, FEWER, ATTRIBUTES, THERE)
+
+
+def test_skip_excuses_no_other_setting(complete):
+    with pytest.raises(UserError, match="SEED=0, and now it is 1"):
+        CacheWriter.open_or_create(complete, FEWER, SKIPPING | {"seed": 1}, THERE)
+
+
+def test_a_cache_knows_what_it_holds_and_what_it_left_out(complete, tmp_path):
+    assert known_places(tmp_path / "none.h5") == set()
+    assert known_places(complete) == THERE - {"train/fifth"}
+    skip_third(complete)
+    assert known_places(complete) == THERE
+
+
+@pytest.mark.parametrize("skip", ["[", "3", 3])
+def test_a_list_of_skipped_images_that_makes_no_sense_is_refused(complete, skip):
+    changed(complete, lambda file: file.attrs.__setitem__("skip", skip))
+    with pytest.raises(UserError, match=r"features.h5 is damaged or not a feature cache"):
+        CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES)
+
+
+def skip_until_killed(path: Path, fatal: int) -> None:
+    pwrite, calls = os.pwrite, []
+
+    def fatal_pwrite(fd, data, offset):
+        calls.append(offset)
+        if len(calls) == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pwrite(fd, data, offset)
+
+    os.pwrite = fatal_pwrite
+    skip_third(path)
+
+
+def kill_before_renaming(path: Path) -> None:
+    rename = os.replace
+
+    def fatal_replace(source, target):
+        if Path(target) == path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    os.replace = fatal_replace
+    skip_third(path)
+
+
+@pytest.mark.parametrize("fatal", [1, WRITES, WRITES + 4, 3 * WRITES, None])
+def test_a_kill_while_images_are_taken_over_loses_nothing(complete, fatal):
+    before = complete.read_bytes()
+    if fatal:
+        in_killed_process(skip_until_killed, complete, fatal)
+    else:
+        in_killed_process(kill_before_renaming, complete)
+    assert complete.read_bytes() == before
+    assert complete.with_name("features.h5.new").exists()
+    assert skip_third(complete) == [1]
+    assert [file.name for file in complete.parent.iterdir()] == ["features.h5"]
+
+
+def test_what_a_kill_left_is_removed_though_skip_is_taken_back(complete):
+    in_killed_process(skip_until_killed, complete, 3)
+    CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES, THERE).close()
+    assert [file.name for file in complete.parent.iterdir()] == ["features.h5"]
+
+
+def test_names_in_the_other_form_of_unicode_are_the_same_images(complete):
+    before = complete.read_bytes()
+    names = [unicodedata.normalize("NFD", name) for name in LAYOUT.names]
+    assert names != LAYOUT.names
+    CacheWriter.open_or_create(complete, replace(LAYOUT, names=names), ATTRIBUTES, THERE).close()
+    assert complete.read_bytes() == before
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 
@@ -222,6 +393,12 @@ def test_another_sam_is_named_itself_not_by_the_shape_of_its_embedding(complete)
     layout = replace(LAYOUT, embedding=(4, 2, 2))
     with pytest.raises(UserError, match="SAM=vit_h, and now it is demo"):
         CacheWriter.open_or_create(complete, layout, ATTRIBUTES | {"sam": "demo"})
+
+
+def test_a_constant_that_is_stored_only_where_it_is_set_may_not_be_left_out(path):
+    CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES | {"foreground": "3"})
+    with pytest.raises(UserError, match="FOREGROUND=3, and now it is empty"):
+        CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES)
 
 
 def test_another_time_and_other_library_versions_are_no_contradiction(complete):

@@ -126,5 +126,6 @@ def test_a_log_that_cannot_be_read_counts_as_none(tmp_path):
                    b"step\n1,2\n"):
         path.write_bytes(stored)
         assert checkpoint.read_log(path) == []
+    path.unlink()
     checkpoint.write_log(path, [{"step": 1, "loss": 0.5}])
     assert checkpoint.read_log(path) == [{"step": 1, "loss": 0.5}]

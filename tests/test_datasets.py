@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.datasets import draw_shots, list_samples
+from common.datasets import draw_shots, left_out, list_samples, read_skip
 from common.images import load_image
 from common.label_maps import load_label_map
 from common.runtime.errors import UserError
@@ -250,10 +250,14 @@ def test_extensions_count_in_any_case_and_hidden_files_do_not(tmp_path):
     assert [load_image(sample.image).shape for sample in samples] == [(6, 8, 3)] * len(samples)
 
 
-def test_two_images_that_share_one_mask_are_named(tmp_path):
+@pytest.mark.parametrize("kind, first, second", [("images", "jpg", "png"), ("masks", "gif", "png")])
+def test_all_files_that_share_a_name_are_named_at_once(tmp_path, kind, first, second):
     make(tmp_path, "folder")
-    save(tmp_path / "train/images/train_a.png", picture())
-    with pytest.raises(UserError, match=r"train_a\.jpg and train_a\.png"):
+    for stem in ("train_a", "train_b"):
+        for ending in (first, second):
+            save(tmp_path / f"train/{kind}/{stem}.{ending}", half())
+    said = rf"train_a\.{first} and train_a\.{second}, train_b\.{first} and train_b\.{second}"
+    with pytest.raises(UserError, match=said):
         list_samples(task_of("folder"), tmp_path)
 
 
@@ -318,7 +322,7 @@ def test_empty_and_full_masks_are_named_and_passed_over(tmp_path, capsys):
     assert {sample.name for sample, _ in draw_shots(samples, task, 2, 0)} == {"i0", "i2"}
     drawn = capsys.readouterr().out
     with pytest.raises(UserError, match="SHOTS=3 .* set SHOTS=2 or less"):
-        draw_shots(samples, task, 3, 0)
+        draw_shots(samples, get_task("msd"), 3, 0)
     drawn += capsys.readouterr().out
     masks = tmp_path / "train/masks"
     (masks / "i0.png").write_bytes((masks / "i1.png").read_bytes())
@@ -327,11 +331,70 @@ def test_empty_and_full_masks_are_named_and_passed_over(tmp_path, capsys):
     assert "i1.png is full" in drawn and "i3.png is empty" in drawn
 
 
-def test_an_unreadable_mask_stops_the_draw_and_is_not_passed_over(tmp_path):
-    samples, task = folder_of(tmp_path, 2)
-    (tmp_path / "train" / "masks" / "i1.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="i1.png"):
-        draw_shots(samples, task, 2, 0)
+def test_a_folder_with_fewer_samples_than_shots_gives_all_it_has_and_says_so(tmp_path, capsys):
+    samples, task = folder_of(tmp_path, 4)
+    assert len(draw_shots(samples, task, 50, 0)) == 4
+    assert "SHOTS=50: all 4 samples that can train are taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("pairs", "tested"), [(4, 2), (12, 2), (50, 10), (600, 100)])
+def test_a_folder_without_test_images_holds_some_out(tmp_path, capsys, pairs, tested):
+    for index in range(pairs):
+        for kind in ("images", "masks"):
+            (tmp_path / "train" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "train" / kind / f"i{index}.png").touch()
+    samples = list_samples(task_of("folder"), tmp_path)
+    assert len(names(samples, "test")) == tested and len(names(samples, "train")) == pairs - tested
+    assert len(set(names(samples, "test")) | set(names(samples, "train"))) == pairs
+    assert samples == list_samples(task_of("folder"), tmp_path)
+    said = capsys.readouterr().out
+    assert f"{tested} of {pairs} samples are held out to test on: " in said
+    assert names(samples, "test")[0] in said
+    assert ("tells little" in said) == (pairs < 10)
+
+
+def test_a_test_folder_that_lacks_its_masks_is_not_held_out_for(tmp_path):
+    folder_of(tmp_path, 12)
+    (tmp_path / "test" / "masks").rename(tmp_path / "test" / "others")
+    with pytest.raises(UserError, match="has no test/masks"):
+        list_samples(task_of("folder"), tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["images/i1.jpg", "masks/i1.png"])
+@pytest.mark.parametrize("kept", [10, -40])  # bytes: no picture at all, and one that breaks off
+def test_a_training_image_or_mask_that_cannot_be_read_is_passed_over_and_said(
+        tmp_path, capsys, broken, kept):
+    samples, task = folder_of(tmp_path, 4)
+    path = tmp_path / "train" / broken
+    path.write_bytes(path.read_bytes()[:kept])
+    assert {sample.name for sample, _ in draw_shots(samples, task, 3, 0)} == {"i0", "i2", "i3"}
+    assert f"not drawn: cannot read {path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["JPEGImages/b.jpg", "SegmentationClass/b.png"])
+def test_with_several_classes_too_what_cannot_be_read_is_not_drawn(tmp_path, capsys, name):
+    samples = list_samples(get_task("voc"), make_voc(tmp_path, train=("a", "b", "c"), test=("t",)))
+    (tmp_path / VOC / name).write_bytes(b"no picture")
+    drawn = draw_shots(samples, get_task("voc"), 6, 0)
+    assert {sample.name for sample, _ in drawn} == {"a", "c"}
+    assert f"not drawn: cannot read {tmp_path / VOC / name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["folder", "voc"])
+def test_where_no_mask_can_be_read_the_sentence_says_why(tmp_path, capsys, name):
+    stems = [f"i{index:02}" for index in range(12)]
+    if name == "voc":
+        samples = list_samples(get_task("voc"), make_voc(tmp_path, train=stems))
+    else:
+        samples, _ = folder_of(tmp_path, 12)
+    for sample in samples:
+        save(sample.mask, picture())
+        sample.mask.write_bytes(sample.mask.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"has 0 that can train: .*; the first of 12 that cannot: "
+                                        r"cannot read .*i\d+\.png as a picture"):
+        draw_shots(samples, task_of(name), 5, 0)
+    out = capsys.readouterr().out
+    assert out.count("not drawn: cannot read") == 10 and "not drawn: 2 more\n" in out
 
 
 def test_voc_draws_as_evenly_over_the_classes_as_the_data_allow(tmp_path):
@@ -393,3 +456,129 @@ def test_vocs_inner_folder_leads_to_the_one_that_holds_it(tmp_path, capsys):
     make_voc(tmp_path)
     samples = list_samples(get_task("voc"), tmp_path / VOC)
     assert len(samples) == 3 and "the data set lies in" in capsys.readouterr().out
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"  # the same name in two forms of Unicode
+
+
+def test_names_in_composed_and_decomposed_unicode_are_the_same(tmp_path):
+    make(tmp_path, "folder")
+    save(tmp_path / "train/images" / f"{DECOMPOSED}.jpg", picture())  # as macOS writes it
+    save(tmp_path / "train/masks" / f"{COMPOSED}.png", half())
+    samples = list_samples(task_of("folder"), tmp_path)
+    assert names(samples, "train") == [COMPOSED, "train_a", "train_b"]
+    assert label_map_of(samples[0]).tolist() == half(top=1).tolist()
+    for typed in (COMPOSED, DECOMPOSED):
+        assert left_out(read_skip(typed), samples) == {f"train/{COMPOSED}"}
+
+
+def test_a_list_file_may_hold_names_in_decomposed_unicode(tmp_path):
+    make_voc(tmp_path, train=("a", COMPOSED))
+    (tmp_path / VOC / "ImageSets/Segmentation/train.txt").write_text(f"a\n{DECOMPOSED}\n")
+    assert names(list_samples(get_task("voc"), tmp_path), "train") == ["a", COMPOSED]
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("msd", "train/image", "train/images"), ("msd", "test/mask", "test/Masks"),
+    ("msd", "test/mask", "test/GT"), ("msd", "train", "Train"),
+    ("duts", "DUTS-TR/DUTS-TR-Image", "DUTS-TR/DUTS-TR-Images"),
+    ("duts", "DUTS-TE/DUTS-TE-Mask", "DUTS-TE/DUTS_TE_gt"),
+    ("sbu", "SBU-Test/ShadowMasks", "SBU-Test/ShadowMask"),
+    ("folder", "train/images", "train/imgs"), ("folder", "test/masks", "test/labels")])
+def test_a_folder_of_a_like_name_is_taken_and_said(tmp_path, capsys, name, old, new):
+    make(tmp_path, name)
+    (tmp_path / old).rename(tmp_path / new)
+    samples = list_samples(task_of(name), tmp_path)
+    assert names(samples, "train") == ["train_a", "train_b"] and len(samples) == 4
+    assert all(sample.image.exists() and sample.mask.exists() for sample in samples)
+    assert f"{new}" in capsys.readouterr().out
+
+
+def test_two_folders_of_like_names_are_named_and_not_chosen_between(tmp_path):
+    make(tmp_path, "msd")
+    (tmp_path / "train/image").rename(tmp_path / "train/Images")
+    (tmp_path / "train/imgs").mkdir()
+    said = r"has no train/image \(but train/Images and train/imgs: rename one of them\):"
+    with pytest.raises(UserError, match=said):
+        list_samples(get_task("msd"), tmp_path)
+
+
+def test_a_folder_of_the_right_name_needs_no_word(tmp_path, capsys):
+    make(tmp_path, "msd")
+    (tmp_path / "train/images").mkdir()
+    assert len(list_samples(get_task("msd"), tmp_path)) == 4
+    assert capsys.readouterr().out == ""
+
+
+# ---- SKIP ----------------------------------------------------------------------------------------
+
+
+def test_skip_names_samples_with_their_split_where_both_have_the_name(tmp_path):
+    make(tmp_path, "folder")
+    for split in ("train", "test"):
+        pair(tmp_path / split / "images", tmp_path / split / "masks", "both")
+    samples = list_samples(task_of("folder"), tmp_path)
+    assert left_out(read_skip("train_a, test/both.jpg"), samples) == {"train/train_a", "test/both"}
+    with pytest.raises(UserError, match="both, and both splits have it: write train/both or"):
+        left_out(read_skip("both"), samples)
+
+
+def test_skip_reads_names_from_a_list_file(tmp_path):
+    samples = list_samples(task_of("folder"), make(tmp_path, "folder"))
+    (tmp_path / "bad.txt").write_text("images/train_a.jpg\ntest_b\n")
+    skip = read_skip(f"{tmp_path / 'bad.txt'},train_b")
+    assert left_out(skip, samples) == {"train/train_a", "test/test_b", "train/train_b"}
+
+
+@pytest.mark.parametrize("typed, named", [
+    ("train_a,lost,train/test_a", "lost, train/test_a"), ("no.txt", r"no\.txt")])
+def test_a_name_in_skip_that_no_sample_has_is_named(tmp_path, typed, named):
+    samples = list_samples(task_of("folder"), make(tmp_path, "folder"))
+    with pytest.raises(UserError, match=f"SKIP names {named}, but there is no such sample"):
+        left_out(read_skip(typed), samples)
+    assert left_out(["lost"], samples, cached=["test/lost"]) == {"test/lost"}
+
+
+def test_skip_must_leave_a_test_image(tmp_path):
+    samples = list_samples(task_of("folder"), make(tmp_path, "folder"))
+    with pytest.raises(UserError, match="SKIP leaves no test image"):
+        left_out(["test_a", "test_b"], samples)
+
+
+def test_a_skipped_training_sample_is_replaced_and_the_others_stay(tmp_path):
+    samples, task = folder_of(tmp_path, 12)
+    before = draw_shots(samples, task, 6, seed=0)
+    skipped = before[2][0].place
+    after = draw_shots(samples, task, 6, seed=0, skip={skipped})
+    assert after[:5] == before[:2] + before[3:] and after[5] not in before
+
+
+@pytest.mark.parametrize("gone", ["train/images/train_a.jpg", "train/masks/train_a.png"])
+def test_a_skipped_sample_may_lack_its_image_or_mask(tmp_path, gone):
+    make(tmp_path, "folder")
+    (tmp_path / gone).unlink()
+    with pytest.raises(UserError, match="train_a.*; SKIP leaves samples out"):
+        list_samples(task_of("folder"), tmp_path)
+    samples = list_samples(task_of("folder"), tmp_path, ["train_a"])
+    assert names(samples, "train") == ["train_a", "train_b"]  # listed, so that draws do not change
+    with pytest.raises(UserError, match="train_a"):  # it is another sample that is left out
+        list_samples(task_of("folder"), tmp_path, ["test/train_a"])
+
+
+def test_a_skipped_sample_of_voc_or_cuhk_may_lack_its_files(tmp_path):
+    make_voc(tmp_path / "voc")
+    (tmp_path / "voc" / VOC / "SegmentationClass/c.png").unlink()
+    assert len(list_samples(get_task("voc"), tmp_path / "voc", ["c"])) == 3
+    make_cuhk(tmp_path / "cuhk", 4)
+    (tmp_path / "cuhk/gt/out_of_focus0002.png").unlink()
+    assert len(list_samples(get_task("cuhk"), tmp_path / "cuhk", ["train/out_of_focus0002"])) == 4
+
+
+def test_skipping_one_of_the_hundred_leaves_cuhks_other_test_images_as_they_are(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, "save", lambda self, path: path.touch())
+    make_cuhk(tmp_path, 704)
+    for file in ("image/out_of_focus0037.jpg", "gt/out_of_focus0037.png"):
+        (tmp_path / file).unlink()
+    tested = names(list_samples(get_task("cuhk"), tmp_path, ["out_of_focus0037"]), "test")
+    assert len(tested) == 99 and "out_of_focus0117" in tested

@@ -1,5 +1,8 @@
 """Each row of the evaluation changes one thing: where the next point goes, or what labels it."""
 
+import weakref
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -133,3 +136,42 @@ def test_oracle_clicks_go_where_the_mask_is_wrong(stage):
     assert episode.labels.tolist() == [[1] * (ROUNDS + 1)]
     # After the first click the mask lacks columns 20 to 29.
     assert 20 * 20 <= episode.points[0, 1, 0] <= 30 * 20
+
+
+def scored(stage, numbers: range, batch_size: int) -> tuple[list[bool], int]:
+    """Of `evaluate`: for each batch but the first, whether the one before was freed when it was
+    computed; and how often a tensor was brought from the device.
+    """
+    alive, freed, copies = [], [], []
+
+    def segment_batch(row, batch):
+        if alive:
+            freed.append(all(reference() is None for reference in alive))
+        alive.clear()
+        logits = [torch.ones(len(batch), 8, 8) for _ in range(1 + ROUNDS)]
+        episode = Episode(Answering(), torch.ones(len(batch), 4, 10, 10),
+                          torch.zeros(len(batch), 10, 10), patch_centres(800, 80))
+        alive.extend(map(weakref.ref, (*logits, episode)))
+        truth = stage.Truth([np.ones((40, 40), np.uint8)] * len(batch),
+                            torch.ones(len(batch), 100, dtype=torch.uint8))
+        return truth, logits, torch.zeros(len(batch), ROUNDS, dtype=torch.long), episode
+
+    def count(tensor):
+        copies.append(tensor)
+        return cpu(tensor)
+
+    cpu, stage.BATCH_SIZE = torch.Tensor.cpu, batch_size
+    drawing = SimpleNamespace(draw=lambda *_: {})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.Tensor, "cpu", count)
+        scores = stage.evaluate("AlignSAM", segment_batch, numbers, drawing)
+    assert [score.ious for score in scores] == [[1.0] * (1 + ROUNDS)] * len(numbers)
+    return freed, len(copies)
+
+
+def test_a_batch_is_freed_before_the_next_is_computed(stage):
+    assert scored(stage, range(6), 2)[0] == [True, True]
+
+
+def test_the_masks_of_all_rounds_of_an_image_are_copied_at_once(stage):
+    assert scored(stage, range(6), 3)[1] == 6 + 2 * 2  # points and labels of each of two batches

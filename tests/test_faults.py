@@ -21,7 +21,8 @@ def campaign(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
     disturb.
     """
     out = tmp_path_factory.mktemp("faults") / "faults.json"
-    constants = ["KILLS=3", "FULL=3", "CLOSED=false", "INPUTS=77", "KINDS=stage 1,stage 2"]
+    constants = ["KILLS=3", "FULL=3", "CLOSED=false", "INPUTS=77", "MASKS=9",
+                 "KINDS=stage 1,stage 2"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.campaign", *constants, f"OUT={out}"],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -29,7 +30,8 @@ def campaign(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
     return done, json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("part", ["killed", "short of space", "damaged files", "false claims"])
+@pytest.mark.parametrize("part", ["killed", "short of space", "damaged files", "masks",
+                                  "false claims"])
 def test_no_promise_is_broken(campaign, part):
     done, report = campaign
     assert sum(report["tried"][part].values()) >= 3

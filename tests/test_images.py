@@ -51,14 +51,43 @@ def test_floats_and_few_bits_in_16_are_refused_by_name_and_true_16_bits_are_not(
         label_map_of(one(tmp_path, mask=twelve_bits))
 
 
-@pytest.mark.parametrize("extension", ["jpg", "png"])
+@pytest.mark.parametrize("extension", ["jpg", "png", "tif"])  # right or wrong, it does not matter
+@pytest.mark.parametrize("options", [
+    {"format": "JPEG"}, {"format": "MPO"}, {"format": "PNG"}, {"format": "WEBP"},
+    {"format": "TIFF"}, {"format": "TIFF", "compression": "tiff_lzw"},
+    {"format": "TIFF", "compression": "jpeg"},
+], ids=lambda options: "-".join(options.values()))
 @pytest.mark.parametrize("orientation", SEEN_AT)
-def test_photographs_are_turned_as_exif_says(tmp_path, orientation, extension):
+def test_photographs_of_any_format_are_turned_as_exif_says(tmp_path, orientation, options,
+                                                           extension):
     stored, exif = photograph(orientation)
-    path = save(tmp_path / f"x.{extension}", stored, exif=exif)
+    path = save(tmp_path / f"x.{extension}", stored, exif=exif, **options)
     image = load_image(path)
     assert ((image[..., 0] > 127) == seen(orientation)).all()
     assert image_size(path) == image.shape[:2] == seen(orientation).shape
+
+
+def test_negative_numbers_are_refused_and_not_taken_for_black(tmp_path):
+    path = save(tmp_path / "x.tif", np.array([[-1, 0], [1, 1]], np.int32))
+    with pytest.raises(UserError, match=rf"{path} holds negative numbers"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("read", [load_image, image_size])
+@pytest.mark.parametrize("extension", ["gif", "tif", "webp", "png"])
+def test_a_file_of_several_pages_or_frames_is_refused(tmp_path, read, extension):
+    frames = [Image.fromarray(picture(value=value)) for value in (10, 90, 200)]
+    path = save(tmp_path / f"x.{extension}", frames[0], save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match=rf"{path} holds 3 pages or frames"):
+        read(path)
+
+
+def test_the_second_picture_in_a_cameras_jpeg_is_passed_over(tmp_path):
+    photo, preview = Image.fromarray(picture(value=90)), Image.fromarray(picture(3, 4))
+    path = save(tmp_path / "x.jpg", photo, format="MPO", save_all=True, append_images=[preview])
+    with Image.open(path) as stored:
+        assert stored.n_frames == 2
+    assert load_image(path).shape == (*image_size(path), 3) == (6, 8, 3)
 
 
 def test_the_size_is_read_from_the_header_of_a_jpeg(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Masks as people and tools write them, and the label maps read from them."""
 
+import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +10,9 @@ from PIL import Image
 
 from common.datasets import list_samples
 from common.images import load_image
-from common.label_maps import check_samples, load_label_map, untrainable
+from common.label_maps import check_samples, load_label_map, read_mask, untrainable
 from common.runtime.errors import UserError
-from common.tasks import get_task
+from common.tasks import get_task, with_foreground
 from tests.small_data import (
     SEEN_AT,
     half,
@@ -22,6 +24,7 @@ from tests.small_data import (
     palette_mask,
     photograph,
     picture,
+    save,
     seen,
     task_of,
 )
@@ -135,8 +138,8 @@ def white_with_alpha():
 
 
 @pytest.mark.parametrize("mask, said", [
-    (two_colours(), "holds more than black and white .*75, 226"),
-    (dark_on_yellow(), "has no black, its darkest level is 18"),
+    (two_colours(), r"holds several colours .#ffff00, #008000.: .*FOREGROUND=#ffff00, for one"),
+    (dark_on_yellow(), "holds several colours .#ffff00, #0000a0."),
     (white_with_alpha(), "has its shape in its transparency"),
 ])
 def test_a_mask_that_is_not_white_on_black_is_refused_and_not_guessed(tmp_path, mask, said):
@@ -150,7 +153,7 @@ def test_transparency_that_says_the_same_as_the_colours_is_no_fault(tmp_path):
 
 
 def test_a_binary_mask_that_holds_class_numbers_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"x\.png end at 15"):
+    with pytest.raises(UserError, match=r"x\.png holds the grey level 15 .*FOREGROUND=15"):
         label_map_of(one(tmp_path, mask=half(top=15)))
 
 
@@ -175,9 +178,45 @@ def test_an_index_beyond_the_classes_is_named_with_its_file(tmp_path):
         label_map_of(sample, "demo_semantic")
 
 
-def test_a_voc_mask_saved_as_colours_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"x\.png holds RGB pixels"):
-        label_map_of(one(tmp_path, mask=picture()), "voc")
+@pytest.mark.parametrize("mask, file_format, said", [
+    (picture(), "PNG", "holds RGB pixels and no palette indices: take SegmentationClass as it is"),
+    (half(top=3), "JPEG", "is a JPEG inside"),
+])
+def test_a_voc_mask_whose_class_numbers_are_lost_is_named(tmp_path, mask, file_format, said):
+    sample = one(tmp_path)
+    Image.fromarray(mask).save(sample.mask, format=file_format)
+    with pytest.raises(UserError, match=rf"x\.png {said}"):
+        label_map_of(sample, "voc")
+
+
+def write_png(path, width, depth, colour, rows):
+    """A PNG of a depth that Pillow cannot write. rows: bytes; colour: 0 for grey, 2 for RGB."""
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks))
+
+
+FOUR_BITS = (8, 4, 0, [b"\x33\x33\0\0"] * 6)  # width 8, of 6 rows, the left half is 3
+
+
+def test_a_number_is_not_looked_for_in_4_bits_of_grey_nor_black_in_the_lower_half_of_16_bits(
+        tmp_path):
+    sample = one(tmp_path)
+    write_png(sample.mask, *FOUR_BITS)
+    with pytest.raises(UserError, match=r"x\.png has fewer than 8 bits of grey"):
+        asked(sample, "51")
+    with pytest.raises(UserError, match=r"x\.png has fewer than 8 bits of grey"):
+        label_map_of(sample, "voc")
+    write_png(sample.mask, 8, 16, 2, [b"\0\x01" * 12 + b"\0" * 24] * 6)
+    with pytest.raises(UserError, match=r"x\.png has 16 bits a channel"):
+        label_map_of(sample)
+
+
+def test_grey_class_numbers_of_8_bits_are_read_as_voc_masks(tmp_path):
+    assert label_map_of(one(tmp_path, mask=half(top=20)), "voc").max() == 20
 
 
 def test_a_mask_of_another_size_is_resized_to_the_nearest_label(tmp_path):
@@ -215,17 +254,133 @@ def test_a_mask_with_something_and_something_else_can_be_trained_on(label_map):
     assert untrainable(np.array(label_map, np.uint8)) is None
 
 
+def asked(sample, foreground):
+    """The first row of the label map with that FOREGROUND."""
+    task = with_foreground(task_of("folder"), foreground)
+    return load_label_map(sample, task, (6, 8))[0].tolist()
+
+
+def numbers():
+    """0, 0, 1, 1, 3, 3, 255, 255 in every row."""
+    return np.repeat(np.array([[0, 1, 3, 255]], np.uint8), 2, 1).repeat(6, 0)
+
+
+@pytest.mark.parametrize("mask", [
+    pytest.param(numbers(), id="grey"), pytest.param(palette_mask(numbers()), id="palette"),
+    pytest.param(np.repeat(numbers()[..., None], 3, 2), id="RGB"),
+    pytest.param(numbers().astype(np.uint16), id="16 bit")])
+@pytest.mark.parametrize("foreground, row", [
+    ("3", [0, 0, 0, 0, 1, 1, 255, 255]), ("7", [0, 0, 0, 0, 0, 0, 255, 255]),
+    ("255", [0, 0, 0, 0, 0, 0, 1, 1]), ("any", [0, 0, 1, 1, 1, 1, 255, 255])])
+def test_foreground_names_a_number_and_255_is_ignored_unless_it_is_named(
+        tmp_path, mask, foreground, row):
+    assert asked(one(tmp_path, mask=mask), foreground) == row
+
+
+@pytest.mark.parametrize("foreground, row", [
+    ("#008000", [1, 1, 0, 0, 0, 0, 0, 0]), ("#FFFF00", [0, 0, 1, 1, 0, 0, 0, 0]),
+    ("any", [1, 1, 1, 1, 0, 0, 0, 0]), ("#000000", [0, 0, 0, 0, 1, 1, 1, 1])])
+def test_foreground_names_a_colour(tmp_path, foreground, row):
+    assert asked(one(tmp_path, mask=two_colours()), foreground) == row
+
+
+def test_what_is_transparent_is_not_the_foreground_that_is_named(tmp_path):
+    assert asked(one(tmp_path, mask=white_with_alpha()), "any") == half(top=1)[0].tolist()
+
+
+@pytest.mark.parametrize("mask, name, foreground, said", [
+    (two_colours(), "x.png", "3", "holds colours, and FOREGROUND=3 is a number"),
+    (half(top=3), "x.jpg", "3", "is compressed with loss"),
+    (half(top=3), "x.webp", "any", "is compressed with loss"),
+    (palette_mask(numbers()), "x.gif", "3", "is a GIF, whose palette indices change"),
+    (np.maximum(half(top=170), half(width=8)[:, ::-1]), "x.png", "any",
+     "holds the grey levels 170 and 255, which may be to ignore")])
+def test_a_mask_in_which_foreground_cannot_be_told_is_refused(tmp_path, mask, name, foreground,
+                                                              said):
+    with pytest.raises(UserError, match=rf"{name} {said}"):
+        asked(one(tmp_path, mask=mask, mask_name=name), foreground)
+
+
+@pytest.mark.parametrize("foreground", ["0", "-1", "red", "#ff00", "#gg0000", "3.5", "100000"])
+def test_a_foreground_that_is_no_number_colour_or_any_is_refused(foreground):
+    with pytest.raises(UserError, match=f"FOREGROUND={foreground} must be a grey level"):
+        with_foreground(task_of("folder"), foreground)
+
+
+def test_foreground_is_for_the_task_folder_alone():
+    assert with_foreground(task_of("voc"), "") == task_of("voc")
+    with pytest.raises(UserError, match="FOREGROUND=3 is for TASK=folder"):
+        with_foreground(task_of("voc"), "3")
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_mask_with_exif_data_of_its_own_is_turned_by_these_alone(tmp_path, orientation):
+    stored, exif = photograph(orientation)
+    sample = one(tmp_path, stored, None, exif)
+    Image.fromarray(stored).save(sample.mask, exif=exif)
+    assert (label_map_of(sample) == seen(orientation)).all()
+
+
+def test_a_mask_that_exif_data_of_its_own_have_turned_is_not_turned_again(tmp_path):
+    stored, exif = photograph(6)
+    sample = one(tmp_path, stored, None, exif)
+    Image.fromarray(255 * seen(6)).save(sample.mask, exif=exif)  # turned already, by its look
+    with pytest.raises(UserError, match=r"x\.png is 48 x 16, which does not fit x\.jpg of 16 x 48"):
+        label_map_of(sample)
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 255), (0, 128, 0), (90, 40, 10)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_one_colour_on_black_is_foreground_however_dark(tmp_path, colour, mode):
+    mask = (half(top=1)[..., None] * np.array(colour)).astype(np.uint8)
+    sample = one(tmp_path, mask=Image.fromarray(mask).convert(mode))
+    label_map, how = read_mask(sample, task_of("folder"), (6, 8))
+    assert label_map.tolist() == half(top=1).tolist()
+    assert how == f"#{bytes(colour).hex()} on black"
+
+
+@pytest.mark.parametrize("first, second, said", [
+    (palette_mask(half(top=1)), (half(top=1)[..., None] * [0, 0, 255]).astype(np.uint8),
+     "several colours .#800000 in .*#0000ff in"),
+    (half(), palette_mask(half(top=1)),
+     "several colours .#800000 in train_b.png, white in train_a.png"),
+    (half(), ringed(), "255 is ignored beside 0 and 1 in train_b.png, and is all that train_a.png"),
+])
+def test_masks_that_are_plain_one_by_one_may_not_contradict_each_other(tmp_path, first, second,
+                                                                       said):
+    samples = list_samples(task_of("folder"), make(tmp_path, "folder"))
+    masks = [first, second, first, first]
+    for sample, mask in zip(samples, masks):
+        save(sample.mask, mask)
+    with pytest.raises(UserError, match=said):
+        check_samples(samples, task_of("folder"))
+
+
+def test_white_in_a_palette_does_not_contradict_white_levels(tmp_path):
+    samples = list_samples(task_of("folder"), make(tmp_path, "folder"))
+    save(samples[0].mask, grey_palette())
+    assert [sample.how for sample in check_samples(samples, task_of("folder"))] == [
+        "palette indices 0 and 1", *["0 and 255"] * 3]
+
+
+def test_what_foreground_names_may_be_missing_from_a_mask_and_that_is_said(tmp_path):
+    task = with_foreground(task_of("folder"), "7")
+    assert read_mask(one(tmp_path, mask=numbers()), task, (6, 8))[1] == (
+        "FOREGROUND=7 (not in it), 255 = ignored")
+
+
 def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tmp_path):
     root = make(tmp_path, "folder")
     samples = list_samples(task_of("folder"), root)
-    assert check_samples(samples, task_of("folder")) == [(6, 8)] * 4
+    assert check_samples(samples, task_of("folder")) == [((6, 8), "0 and 255", 0.5)] * 4
     for sample in samples[1:3]:
         Image.fromarray(half(top=15)).save(sample.mask)
     with pytest.raises(UserError) as error:
         check_samples(samples, task_of("folder"))
-    assert all(f"{sample.mask} end at 15" in str(error.value) for sample in samples[1:3])
+    assert all(f"{sample.mask} holds the grey level 15" in str(error.value)
+               for sample in samples[1:3])
     for number in range(12):
         pair(root / "test/images", root / "test/masks", f"bad{number:02}")
         Image.fromarray(half(top=15)).save(root / f"test/masks/bad{number:02}.png")
-    with pytest.raises(UserError, match="; and 4 more$"):
+    with pytest.raises(UserError, match=r"; and 4 more; or leave them out by SKIP=.*,\.\.\.$"):
         check_samples(list_samples(task_of("folder"), root), task_of("folder"))

@@ -1,6 +1,8 @@
 """Masks for images of one's own: a trained run on a folder without ground truth."""
 
+import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +17,16 @@ from PIL import Image
 from common.frozen.clip_weights import load_clip
 from common.frozen.sam import SamEmbedder
 from common.frozen.sam_weights import load_sam, sam_fingerprint
+from common.results import own_images as own
 from common.results.own_images import (
+    choose_texts,
     find_images,
     indexed,
     name_files,
     palette,
     segment,
 )
+from common.results.pictures import save_picture
 from common.runtime import checkpoint
 from common.runtime.errors import UserError
 from common.standin.scenes import PALETTE, paths, write_scene
@@ -99,7 +104,7 @@ def trained(workplace) -> Path:
 def test_every_readable_image_gets_a_mask_of_its_own_size_and_a_broken_one_is_named(trained):
     mine = own_images(trained)
     done = run(trained, "04_evaluate.py", f"IMAGES={mine}", "RUN_DIR=runs/own")
-    assert done.returncode == 1 and "1 of 6 files could not be read (broken.jpg)" in done.stderr
+    assert done.returncode == 1 and "1 of 6 images got no mask (broken.jpg)" in done.stderr
     assert "Traceback" not in done.stderr
     out = trained / "runs/own/masks"
     lines = {line["image"]: line for line in stored_lines(out)}
@@ -167,13 +172,22 @@ def test_several_classes_give_a_mask_each_and_one_indexed_picture(voc):
     assert "Traceback" not in done.stderr
 
 
-@pytest.fixture(scope="module")
-def attributes() -> dict:
-    """Of a cache that the stand-ins made."""
+@pytest.fixture
+def stand_ins() -> dict:
+    """Attributes of a cache that the stand-ins made."""
     sam, (clip, _) = load_sam("demo", CPU), load_clip("demo", CPU)
     return {"sam": "demo", "sam_fingerprint": sam_fingerprint(sam), "clip": "demo",
             "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()), "clip_size": 192,
             "image_size": 800, "precision": "fp32"}
+
+
+@pytest.fixture
+def attributes(monkeypatch) -> dict:
+    """Of no cache: the models are replaced by ones that see nothing."""
+    seen = torch.zeros(1, 8, 24, 24), torch.zeros(1, 1, 24, 24)
+    blind = SimpleNamespace(frame=800, see=lambda image: image, compute=lambda images: seen)
+    monkeypatch.setattr(own, "load_models", lambda *_: blind)
+    return {}
 
 
 def left_half(embeddings: torch.Tensor, maps: torch.Tensor) -> SimpleNamespace:
@@ -199,12 +213,17 @@ def told(out: Path) -> list[tuple[str, str]]:
 def segment_dogs(images: str, out: Path, attributes: dict, align=left_half,
                  made_with: dict | None = None) -> None:
     """`segment` for a run that knows one text."""
-    segment(images, out, attributes, ("dog",), ("all",), align, None, CPU, made_with or {})
+    samples = np.zeros((1, 2), int)
+    cache = SimpleNamespace(texts=("dog",), samples=lambda split: samples)
+    assert out.name == "masks"
+    run = SimpleNamespace(folder=out.parent, cache=cache, attributes=attributes, device=CPU)
+    made_with = {"shots": 0, "every_text": False} | (made_with or {})
+    segment(images, run, ("all",), align, None, made_with)
 
 
-def test_the_mask_is_the_logits_at_the_images_size_and_no_overlay_replaces_it(tmp_path, attributes):
+def test_the_mask_is_the_logits_at_the_images_size_and_no_overlay_replaces_it(tmp_path, stand_ins):
     mine, out = photos(tmp_path / "mine", "photo.png", "photo-overlay.png"), tmp_path / "masks"
-    segment_dogs(mine, out, attributes)
+    segment_dogs(mine, out, stand_ins)
     for name in ("photo.png", "photo-overlay.png"):
         mask, drawn = (np.asarray(Image.open(folder / name)) for folder in (out, out / "overlays"))
         assert mask.dtype == np.uint8 and mask.tolist() == [[255] * 45 + [0] * 45] * 60
@@ -235,7 +254,7 @@ def test_a_file_of_the_users_is_not_replaced(tmp_path, attributes, theirs):
     (out / "overlays").mkdir(parents=True)
     Image.new("L", (8, 8), 7).save(out / theirs)  # drawn by hand
     before = (out / theirs).read_bytes()
-    with pytest.raises(UserError, match="masks/.*a.png was not written by this run, .* of .*a.png"):
+    with pytest.raises(UserError, match="masks/.*a.png was not written by AlignSAM"):
         segment_dogs(folder, out, attributes)
     assert (out / theirs).read_bytes() == before and not (out / "b.png").exists()
 
@@ -245,7 +264,7 @@ def test_a_mask_that_the_user_has_drawn_anew_is_not_replaced(tmp_path, attribute
     segment_dogs(folder, out, attributes)
     Image.new("L", (8, 8), 7).save(out / "a.png")
     before = (out / "a.png").read_bytes()
-    with pytest.raises(UserError, match="masks/a.png was not written by this run"):
+    with pytest.raises(UserError, match="masks/a.png was not written by AlignSAM"):
         segment_dogs(folder, out, attributes)
     assert (out / "a.png").read_bytes() == before
 
@@ -253,7 +272,7 @@ def test_a_mask_that_the_user_has_drawn_anew_is_not_replaced(tmp_path, attribute
 def test_photographs_that_lie_where_masks_go_are_not_replaced(tmp_path, attributes):
     folder = photos(tmp_path / "masks", "a.png")
     before = (tmp_path / "masks/a.png").read_bytes()
-    with pytest.raises(UserError, match="masks/a.png was not written by this run"):
+    with pytest.raises(UserError, match="masks/a.png was not written by AlignSAM"):
         segment_dogs(folder, tmp_path / "masks", attributes)
     assert (tmp_path / "masks/a.png").read_bytes() == before
 
@@ -296,7 +315,7 @@ def test_a_stopped_call_goes_on_unless_run_image_or_mask_is_another(tmp_path, at
 
     def images_computed(run: dict) -> int:
         computed.clear()
-        with pytest.raises(UserError, match="1 of 4 files could not be read .d.png."):
+        with pytest.raises(UserError, match="1 of 4 images got no mask .d.png."):
             segment_dogs(mine, out, attributes, count, run)
         assert [image for image, _ in told(out)] == ["a.png", "b.png", "c.png"]
         return len(computed)
@@ -309,7 +328,7 @@ def test_a_stopped_call_goes_on_unless_run_image_or_mask_is_another(tmp_path, at
     (out / "c.png").unlink()
     assert images_computed({"seed": 0}) == 2 and Image.open(out / "b.png").size == (90, 61)
     assert images_computed({"seed": 1}) == 3
-    (out / "masks.json.part").write_text("damaged")
+    (out / "masks.json.part").write_text('{"made_with": "damaged')
     assert images_computed({"seed": 1}) == 3
     (tmp_path / "mine/d.png").unlink()
     segment_dogs(mine, out, attributes, count, {"seed": 1})
@@ -326,22 +345,117 @@ def test_a_masks_jsonl_of_something_else_is_not_replaced(tmp_path, attributes):
         assert (out / "masks.jsonl").read_text() == content
 
 
-def test_features_that_are_not_finite_stop_with_the_images_name(tmp_path, attributes, monkeypatch):
+def test_a_masks_json_part_of_something_else_is_not_replaced(tmp_path, attributes):
+    part = tmp_path / "masks/masks.json.part"
+    part.parent.mkdir()
+    part.write_text("half a download")
+    with pytest.raises(UserError, match="masks.json.part was not written by AlignSAM"):
+        segment_dogs(photos(tmp_path / "mine", "a.png"), part.parent, attributes)
+    assert part.read_text() == "half a download"
+
+
+def test_one_bad_image_is_named_and_the_others_get_their_masks(
+        tmp_path, attributes, monkeypatch, capsys):
+    """Too large for the GPU's memory, for the machine's, and a mask that cannot be written."""
+    mine, out = photos(tmp_path / "mine", "a.png", "b.png", "c.png", "d.png"), tmp_path / "masks"
+    failures = iter([torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+
+    def without_room(embeddings, maps):
+        for failure in failures:
+            raise failure
+        return left_half(embeddings, maps)
+
+    def save_all_but_one(picture, path):
+        if path.name == "c.png":
+            raise OSError(errno.ENAMETOOLONG, "File name too long", str(path))
+        save_picture(picture, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(own, "save_picture", save_all_but_one)
+        with pytest.raises(UserError, match="3 of 4 images got no mask .a.png, b.png, c.png."):
+            segment_dogs(mine, out, attributes, without_room)
+    told_why = capsys.readouterr().err
+    assert "no mask of a.png: out of memory at BATCH_SIZE=1: set DEVICE=cpu, or make " in told_why
+    assert "no mask of b.png: out of memory" in told_why
+    assert re.search("no mask of c.png: .*File name too long: .*masks/c.png", told_why)
+    assert told(out) == [("d.png", "d.png")]
+    segment_dogs(mine, out, attributes)
+    assert len(told(out)) == 4 and not (out / "masks.json.part").exists()
+
+
+def test_features_that_are_not_finite_are_named(tmp_path, stand_ins, monkeypatch, capsys):
     embed = SamEmbedder.embed
     monkeypatch.setattr(SamEmbedder, "embed",
                         lambda self, images: embed(self, images) * float("nan"))
-    with pytest.raises(UserError, match="SAM's embedding of .*photo.png holds NaN or infinite"):
-        segment_dogs(photos(tmp_path / "mine", "photo.png"), tmp_path / "masks", attributes)
+    with pytest.raises(UserError, match="1 of 1 images got no mask"):
+        segment_dogs(photos(tmp_path / "mine", "photo.png"), tmp_path / "masks", stand_ins)
+    assert re.search("SAM's embedding of .*photo.png holds NaN", capsys.readouterr().err)
     assert not (tmp_path / "masks/photo.png").exists()
 
 
-def test_an_image_without_room_in_memory_is_named(tmp_path, attributes):
-    def too_large(embeddings, maps):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_a_full_disk_stops_the_call(tmp_path, attributes, monkeypatch):
+    def full(picture, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    mine = photos(tmp_path / "mine", "photo.png")
-    with pytest.raises(UserError, match="out of memory .*DEVICE=cpu, or make .*photo.png smaller"):
-        segment_dogs(mine, tmp_path / "masks", attributes, too_large)
+    monkeypatch.setattr(own, "save_picture", full)
+    with pytest.raises(OSError, match="No space left"):
+        segment_dogs(photos(tmp_path / "mine", "a.png"), tmp_path / "masks", attributes)
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "猫"])
+def test_names_as_long_as_a_file_system_takes_are_cut_and_stay_apart(tmp_path, letter, attributes):
+    size = len(letter.encode())
+    alike = [letter * ((251 - len(end)) // size) + end for end in ("1", "2")]
+    mine, out = photos(tmp_path / "mine", *(f"{name}.png" for name in alike)), tmp_path / "masks"
+    segment_dogs(mine, out, attributes)
+    assert [image for image, _ in told(out)] == [f"{name}.png" for name in alike]
+    names = name_files([Path(f"{name}.png") for name in alike], ["dog", "big cat"])
+    stems = [stem for stems in names.values() for stem in stems]
+    assert len(set(stems)) == 4 and all(len(f"{stem}.png".encode()) <= 255 for stem in stems)
+    assert all(stem.endswith(("-dog", "-big-cat")) and stem[:50] == alike[0][:50] for stem in stems)
+
+
+def test_subfolders_are_read_and_masks_lie_as_their_images_do(tmp_path, attributes):
+    mine = Path(photos(tmp_path / "mine", "a.png"))
+    for folder in ("one", "one/two", ".hidden"):
+        photos(mine / folder, "a.png")
+    run_folder = mine / "runs/dogs"
+    photos(run_folder.parent, "b.png")
+    segment_dogs(str(mine), run_folder / "masks", attributes)
+    segment_dogs(str(mine), run_folder / "masks", attributes)  # and not its own masks
+    images = ["a.png", "one/a.png", "one/two/a.png", "runs/b.png"]
+    assert told(run_folder / "masks") == [(image, image) for image in images]
+    for image in images:
+        assert (run_folder / "masks" / image).exists()
+        assert (run_folder / "masks/overlays" / image).exists()
+
+
+def test_an_image_in_a_subfolder_called_overlays_does_not_replace_an_overlay():
+    with pytest.raises(UserError, match="a.jpg and overlays/a.jpg would both be written to overl"):
+        name_files([Path("a.jpg"), Path("overlays/a.jpg")], [])
+
+
+def test_the_first_frame_is_used_and_that_is_said(tmp_path, attributes, capsys):
+    mine, out = photos(tmp_path / "mine", "one.png"), tmp_path / "masks"
+    frames = [Image.new("RGB", (90, 60), (shade, 0, 0)) for shade in (250, 10)]
+    for name in ("pages.tif", "film.gif"):
+        frames[0].save(tmp_path / "mine" / name, save_all=True, append_images=frames[1:])
+    segment_dogs(mine, out, attributes)
+    assert "the first of several frames or pages was used of film.gif, pages.tif" in \
+        capsys.readouterr().out
+    assert np.asarray(Image.open(out / "overlays/film.png"))[5, 80, 0] == 250
+
+
+def test_the_texts_that_no_training_sample_shows_are_not_looked_for_unless_named(capsys):
+    present = np.array([[1, 0, 1, 0], [0, 1, 0, 0]], np.uint8)
+    cache = SimpleNamespace(texts=("ring", "ball", "star", "leaf"), file={"present": present},
+                            samples=lambda split: np.array([[0, 0], [1, 1]]))
+    seen = {"shots": 1, "every_text": False}
+    assert choose_texts(("all",), cache, seen) == ["ring"]
+    assert "no training sample shows them: ball, star, leaf" in capsys.readouterr().out
+    assert choose_texts(("all",), cache, seen | {"shots": 0}) == ["ring", "ball"]
+    assert choose_texts(("all",), cache, seen | {"every_text": True}) == ["ring", "star"]
+    assert choose_texts(("leaf", "ring"), cache, seen) == ["leaf", "ring"]
 
 
 def test_images_whose_files_would_have_one_name_are_refused():
@@ -369,16 +483,34 @@ def test_the_palette_is_vocs():
 
 def test_a_folder_without_images_gets_a_sentence(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
-        find_images(tmp_path / "nowhere")
-    (tmp_path / "notes.txt").write_text("")
+        find_images(tmp_path / "nowhere", tmp_path / "masks")
+    (tmp_path / "features.h5").write_text("which Pillow names and does not read")
     with pytest.raises(UserError, match="holds no image"):
-        find_images(tmp_path)
+        find_images(tmp_path, tmp_path / "masks")
 
 
-def test_files_that_are_passed_over_are_said(tmp_path, attributes, capsys):
+def test_what_is_passed_over_is_counted_and_named_with_the_reason(
+        tmp_path, attributes, capsys, monkeypatch):
     folder = photos(tmp_path / "one", "a.png")
-    (tmp_path / "one/b.heic").write_bytes(b"HEIC")
+    (tmp_path / "one/b.HEIC").write_bytes(b"HEIC")
     (tmp_path / "one/more").mkdir()
+    (tmp_path / "one/more/notes.txt").write_text("")
+    (tmp_path / "one/link").symlink_to(tmp_path / "one/more")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
     segment_dogs(folder, tmp_path / "masks", attributes)
-    assert "passed over, as no picture that Pillow reads here, or a folder: b.heic, more" in \
-        capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "wrote masks of 1 images" in printed
+    assert "passed over 1, which need another package (pip install pillow-heif): b.HEIC" in printed
+    assert "passed over 1, which are no pictures that Pillow reads: more/notes.txt" in printed
+    assert "passed over 1, which are links to folders: link" in printed
+
+
+def test_pillow_heif_is_used_where_it_is_installed(tmp_path, monkeypatch):
+    def register():
+        Image.register_extension("PNG", ".heic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    monkeypatch.setattr(Image, "EXTENSION", dict(Image.registered_extensions()))
+    photos(tmp_path, "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "a.heic")
+    assert find_images(tmp_path, tmp_path / "masks") == ([Path("a.heic")], {})

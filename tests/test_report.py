@@ -357,7 +357,8 @@ def test_the_heading_names_the_run_and_the_stand_ins(played):
 def test_tables_are_in_percent_with_dashes_for_what_is_unknown(played):
     assert played["tables"] == ["mIoUMAEFRpooled IoUpooled BER",
                                 "AlignSAM43.10.07125.050.037.5", "w/o MSI–––––",
-                                "AlignSAMw/o MSI", "star12.5–", "<ring>–6.3"]
+                                "AlignSAMw/o MSI", "star12.5–", "<ring>–6.3",
+                                "AlignSAMw/o MSI", "star75.0–", "<ring>––"]
     assert POOLED_NOTE in played["visible"]
 
 

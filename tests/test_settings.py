@@ -112,8 +112,9 @@ def test_a_constant_that_must_be_positive_is_named(name, value):
 def test_a_script_prints_one_sentence_and_exits_with_1(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
+        '"""Doubles.\n\nA number.\n"""\n\n'
         "from common.runtime.script import run\n"
-        "ROUNDS = 15\n\n\n"
+        "TASK, ROUNDS = 'voc', 15\n\n\n"
         "def main():\n"
         "    print(ROUNDS * 2)\n\n\n"
         'if __name__ == "__main__":\n'
@@ -126,10 +127,10 @@ def test_a_script_prints_one_sentence_and_exits_with_1(tmp_path):
                               capture_output=True, text=True)
 
     good, bad = call("ROUNDS=4"), call("ROUNDS=four")
-    assert (good.returncode, good.stdout, good.stderr) == (0, "8\n", "")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "Doubles. TASK=voc\n8\n", "")
     assert bad.returncode == 1 and bad.stdout == ""
     assert bad.stderr == ("error: ROUNDS=four does not read as a whole number; "
-                          "the constants are ROUNDS=15\n")
+                          "the constants are TASK=voc, ROUNDS=15\n")
 
 
 @pytest.fixture
@@ -314,19 +315,19 @@ def test_a_write_replaces_the_file_whole(tmp_path):
 
     def write(temporary):
         seen.append(temporary)
-        temporary.write_text("second")
-        assert not path.exists() or path.read_text() == "first"
+        temporary.write_text("step,loss\n2")
+        assert path.read_text() == "step,loss\n1"
 
-    write_atomic(path, lambda temporary: temporary.write_text("first"))
+    write_atomic(path, lambda temporary: temporary.write_text("step,loss\n1"))
     write_atomic(path, write)
-    assert path.read_text() == "second" and os.listdir(path.parent) == ["log.csv"]
+    assert path.read_text() == "step,loss\n2" and os.listdir(path.parent) == ["log.csv"]
     assert seen[0].suffix == ".csv" and seen[0].parent == path.parent and seen[0] != path
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, error):
     path = tmp_path / "agent.pt"
-    path.write_text("old")
+    path.write_text("PK, old")
 
     def write(temporary):
         temporary.write_text("half of i")
@@ -334,7 +335,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, error):
 
     with pytest.raises(type(error)):
         write_atomic(path, write)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["agent.pt"]
+    assert path.read_text() == "PK, old" and os.listdir(tmp_path) == ["agent.pt"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to stand for a full disk")

@@ -44,8 +44,8 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def test_a_run_folder_holds_cache_weights_logs_pictures_and_results(workplace):
     names = {path.name for path in (workplace / "runs/folder").iterdir()}
-    assert names == {"features.h5", "srm.pt", "srm_log.csv", "srm_curves.png", "agent.pt",
-                     "agent_log.csv", "agent_curves.png", "results.json", "strips.png",
+    assert names == {"features.h5", "data.png", "srm.pt", "srm_log.csv", "srm_curves.png",
+                     "agent.pt", "agent_log.csv", "agent_curves.png", "results.json", "strips.png",
                      "comparison.png", "report.html"}
     with open(workplace / "runs/folder/agent_log.csv") as file:
         log = list(csv.DictReader(file))

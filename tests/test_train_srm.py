@@ -1,6 +1,8 @@
 """Stage 2 brings its samples into the states in which the SRM is asked during prompting."""
 
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,3 +71,40 @@ def test_kinds_of_states_are_drawn_by_their_shares(stage):
     assert sum(stage.STATES.values()) == 1
     shares = {kind: count / 5000 for kind, count in drawn.items()}
     assert shares == pytest.approx(stage.STATES, abs=0.03)
+
+
+def test_held_out_samples_without_foreground_have_no_number_instead_of_nan(stage, capsys):
+    cache = SimpleNamespace(
+        samples=lambda split: np.zeros((2, 2), int),
+        embeddings=lambda some: torch.ones(len(some), 4, 10, 10),
+        maps=lambda some: torch.ones(len(some), 10, 10),
+        truth_centres=lambda some: torch.zeros(len(some), 100, dtype=torch.uint8))
+    new_episode = partial(Episode, Recorder(), centres=patch_centres(800, 80))
+    run = SimpleNamespace(cache=cache, device=torch.device("cpu"))
+    stage.print_held_out_accuracy(run, new_episode, below)
+    printed = capsys.readouterr().out
+    assert "before any mask: foreground none there, background 0.500 (2 test samples)" in printed
+    assert "nan" not in printed
+
+
+def test_all_held_out_samples_count_though_they_are_prompted_a_few_at_a_time(stage, capsys):
+    truth = torch.zeros(70, 100, dtype=torch.uint8)
+    truth[:, 5::10] = 1  # a column that `below` calls foreground,
+    truth[64:] = 1  # and samples of the last batch of which it gets one half right
+    prompted = []
+
+    def embeddings(some: np.ndarray) -> torch.Tensor:
+        prompted.append(len(some))
+        return torch.ones(len(some), 4, 10, 10)
+
+    cache = SimpleNamespace(samples=lambda split: np.stack([np.arange(70)] * 2, 1),
+                            embeddings=embeddings,
+                            maps=lambda some: torch.ones(len(some), 10, 10),
+                            truth_centres=lambda some: truth[some[:, 0]])
+    new_episode = partial(Episode, Recorder(), centres=patch_centres(800, 80))
+    run = SimpleNamespace(cache=cache, device=torch.device("cpu"))
+    stage.print_held_out_accuracy(run, new_episode, below)
+    foreground, background = (64 * 10 + 6 * 50) / (64 * 10 + 6 * 100), 64 * 50 / (64 * 90)
+    assert (f"before any mask: foreground {foreground:.3f}, background {background:.3f} "
+            "(70 test samples)") in capsys.readouterr().out
+    assert max(prompted) <= 32 and sum(prompted) == 2 * 70

@@ -82,7 +82,7 @@ class BatchedPrompter:
         # as ResizeLongestSide.apply_coords on a square
         self.scale = sam.image_encoder.img_size / frame
         height, width = sam.prompt_encoder.image_embedding_size
-        in_cpu_cache = max(1, 16 * 24 * 24 // (height * width))
+        in_cpu_cache = max(1, 8 * 24 * 24 // (height * width))
         self.max_batch = max_batch or (64 if sam.device.type == "cuda" else in_cpu_cache)
         self.decoder = SingleMaskDecoder(sam)
 

@@ -535,6 +535,7 @@ def chosen_workloads() -> list[str]:
 
 def main() -> None:
     chosen = chosen_workloads()
+    files.require_ours(Path(OUT))
     device = script.device(DEVICE)
     sam, ceiling = build_sam(device), ceilings(device)
     report = {"device": device_name(device), "torch": torch.__version__,

@@ -1,6 +1,7 @@
 """What stage 4 writes: results.json, the printed tables, strips of masks, report.html."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from common.metrics import Score
 from common.results.paper import POOLED_NOTE, beside_pooled, paper_row, results_table, stand_ins
 from common.results.pictures import save_strips, strip
 from common.results.report import gallery_item, write_report
-from common.runtime import checkpoint
+from common.runtime import checkpoint, distributed
 from common.runtime.errors import UserError
-from common.runtime.files import write_text
+from common.runtime.files import require_ours, write_text
 from common.tasks import get_task
 
 STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
@@ -23,9 +24,9 @@ STRIP_ROUNDS = (0, 1, 2, 5, 10, 15)  # after which the strips show the mask
 
 def check_results_name(name: str) -> None:
     """Raises UserError unless `name` can be the name of a results file in the run folder."""
-    if not name.endswith(".json") or "/" in name:
+    if not name.endswith(".json") or "/" in name or len(os.fsencode(name)) > 200:
         raise UserError(f"RESULTS={name} is no name of a results file: set it to one that ends in "
-                        ".json")
+                        ".json and has 200 bytes at most")
 
 
 class Drawing:
@@ -43,15 +44,17 @@ class Drawing:
         count = min(count, len(self.samples))
         return set(np.linspace(0, len(self.samples) - 1, count).astype(int).tolist())
 
-    def draw(self, row: str, score: Score, masks: list[np.ndarray], label_map: np.ndarray,
+    def draw(self, row: str, score: Score, masks: np.ndarray, label_map: np.ndarray,
              points: np.ndarray, labels: np.ndarray) -> dict:
         """What is kept of a sample. It is made now, as the masks are too large to keep.
 
-        masks: bool (H, W) after each round. label_map: uint8 (H, W). points, labels: (2 + T, 2) and
-        (2 + T,), in the order of prompting.
+        masks: bool (1 + T, H, W), after each round. label_map: uint8 (H, W). points, labels:
+        (2 + T, 2) and (2 + T,), in the order of prompting.
         """
         number = score.number
-        kept = {"mask": torch.from_numpy(masks[-1])} if number in self.in_strips else {}
+        kept = {}
+        if number in self.in_strips:  # a copy, or it would keep the masks of all rounds
+            kept["mask"] = torch.from_numpy(masks[-1].copy())
         if row != "AlignSAM":
             return kept
         sample = self.samples[number]
@@ -100,6 +103,20 @@ class Report:
         """Where finished rows are kept until all are."""
         return self.folder / f"{self.name}.part"
 
+    def path(self, kind: str) -> Path:
+        """Of strips.png, comparison.png or report.html (kind)."""
+        stem = self.name.removesuffix(".json")
+        return self.folder / (kind if stem == "results" else f"{stem}-{kind}")
+
+    def __post_init__(self) -> None:
+        """Raises UserError where `write` would replace a file that is not ours."""
+        drawing, prompted = self.drawing, "AlignSAM" in self.rows
+        written = {"strips.png": prompted and drawing.in_strips,
+                   "comparison.png": drawing.in_strips,
+                   "report.html": prompted and drawing.in_gallery}
+        pictures = (self.path(kind) for kind, is_written in written.items() if is_written)
+        require_ours(self.folder / self.name, *pictures)
+
     def take_over_finished_rows(self, command: str) -> None:
         """Takes over the rows that a stopped call has finished, if its settings were the same.
 
@@ -118,10 +135,12 @@ class Report:
                                     "rows": self.finished})
 
     def write(self, threshold: float | None) -> None:
-        """Writes results.json, the pictures and the report, then prints the tables.
+        """Writes results.json, the pictures and the report, then prints the tables; rank 0 alone.
 
         threshold: of CLIP Surgery's map, where a row needed one.
         """
+        if distributed.RANK > 0:
+            return
         content = self.content(threshold)
         paper = self.paper()
         written = [self.folder / self.name]
@@ -196,16 +215,14 @@ class Report:
 
     def write_pictures(self, content: dict, paper: dict | None) -> list[Path]:
         """strips.png, comparison.png and report.html, as far as they have something to show."""
-        stem = self.name.removesuffix(".json")
-        prefix = "" if stem == "results" else f"{stem}-"
         pictures = self._of_rows("pictures")
         prompted, written = list(pictures.get("AlignSAM", {}).values()), []
         strips = [Image.fromarray(kept["strip"].numpy()) for kept in prompted if "strip" in kept]
         if strips:  # the paper's Figure 5: points and mask growing
-            written.append(self.folder / f"{prefix}strips.png")
+            written.append(self.path("strips.png"))
             save_strips(strips, written[-1])
         if self.drawing.in_strips:
-            written.append(self.folder / f"{prefix}comparison.png")
+            written.append(self.path("comparison.png"))
             sheet = []
             for number in sorted(self.drawing.in_strips):
                 masks = {row: pictures[row][number]["mask"].numpy() for row in self.rows}
@@ -214,7 +231,7 @@ class Report:
         gallery = [kept["gallery"] for kept in prompted if "gallery" in kept]
         if gallery:
             srm_log = checkpoint.read_log(self.folder / "srm_log.csv")
-            written.append(self.folder / f"{prefix}report.html")
+            written.append(self.path("report.html"))
             write_report(written[-1], content, srm_log, self.trained["log"], gallery, paper)
         return written
 

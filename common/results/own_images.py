@@ -4,7 +4,10 @@ There is no ground truth and no cache. Images may be of any size and of any form
 reads.
 """
 
+import errno
+import hashlib
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -14,88 +17,113 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageFile
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from common.cache import Cache
 from common.episode import Episode
 from common.frozen.clip_surgery import ClipSurgery
 from common.frozen.clip_weights import load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder, full_masks
 from common.frozen.sam_weights import load_sam, sam_fingerprint
-from common.images import load_image
-from common.results.pictures import draw_points, overlay
+from common.images import frame_count, load_image, register_heif
+from common.results.pictures import draw_points, overlay, save_picture
 from common.runtime import checkpoint, script
-from common.runtime.batches import in_batches
-from common.runtime.errors import UserError
-from common.runtime.files import write_atomic, write_text
+from common.runtime.batches import in_batches, is_out_of_memory
+from common.runtime.errors import UserError, some
+from common.runtime.files import require_ours, write_text
+from common.runtime.run import Run
 from common.runtime.settings import choose
 
-_MARK = ("Software", "AlignSAM")  # in every picture written here, so that no other is replaced
+_LONGEST = 255  # bytes of a file's name on most file systems
+# what to install where Pillow cannot read these
+_PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif",
+             ".avif": "'pillow>=11.3'"}
 # AlignSAM's prompting of embeddings (B, C, h, w) with maps (B, h, w): the episode as it ended
 Align = Callable[[Tensor, Tensor], Episode]
 
 
-def segment(images: str, out: Path, attributes: dict, texts: tuple[str, ...],
-            classes: tuple[str, ...], align: Align, srm: nn.Module, device: torch.device,
+def segment(images: str, run: Run, classes: tuple[str, ...], align: Align, srm: nn.Module,
             made_with: dict) -> None:
-    """Segments every image of a folder. For an image photo.jpg it writes below `out`:
+    """Segments all images of a folder and its subfolders. Of photo.jpg it writes below run/masks:
 
     photo.png           the binary mask, 0 or 255, of the image's own size
     overlays/photo.png  the image with its mask and points
     masks.jsonl         a line on each mask; lines of masks that earlier calls made stay
 
-    With several texts the first two are called photo-<text>.png, and photo-classes.png is an
-    indexed picture: 0 = nothing, k = the k-th text. Where masks overlap, it shows the one of the
-    highest SRM probability.
+    For sub/photo.jpg these are sub/photo.png and overlays/sub/photo.png. With several texts the
+    first two are called photo-<text>.png, and photo-classes.png is an indexed picture: 0 = nothing,
+    k = the k-th text. Where masks overlap, it shows the one of the highest SRM probability.
 
-    A stopped call continues where it was. Files that could not be read are processed by a later
-    call, once they are repaired. See `Progress`.
+    A stopped call continues where it was. An image that gets no mask (it cannot be read, its
+    features are not finite, it does not fit into memory, ...) is named, and the others go on; a
+    later call tries it again. See `Progress`.
 
-    attributes: of the run's cache, from which SAM and CLIP are loaded.
-    texts: what the run knows. classes: which of them to look for, or ("all",).
+    classes: see `choose_texts`.
     align: AlignSAM's prompting. srm: the SRM that it uses.
-    made_with: what tells this run from others, for JSON.
+    made_with: the settings of the run, for JSON.
 
     Raises UserError where a model is not the cache's; where two images' files would have one name,
-    in this folder or with an earlier one; where an image's features are not finite or do not fit
-    into memory; and at the end where files could not be read.
+    in this folder or with an earlier one; where a file of the user's would be replaced; and at the
+    end where images got no mask. OSError where the disk is full.
     """
-    folder = Path(images).expanduser()
-    paths, wanted = find_images(folder), choose("CLASSES", classes, texts)
+    folder, out, texts = Path(images).expanduser(), run.folder / "masks", run.cache.texts
+    wanted = choose_texts(classes, run.cache, made_with)
+    paths, passed_over = find_images(folder, out)
     indices = [texts.index(text) for text in wanted]
     names = name_files(paths, [*wanted, "classes"] if len(texts) > 1 else [])
-    progress = Progress(out, str(folder.resolve()))
+    progress = Progress(out, folder.resolve())
     progress.require_free(names)
-    frozen = load_models(attributes, texts, device)
+    frozen = load_models(run.attributes, texts, run.device)
     progress.go_on(paths, {"classes": indices, **made_with})
-
     segment_batch = partial(segment_one, frozen, align, indices)
-    left, broken = [path for path in paths if path.name not in progress.images], []
-    for path in tqdm(left, "segmenting", initial=len(progress.images), total=len(paths)):
-        try:
-            image = load_image(path)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            broken.append(path.name)
-            continue
-        mend = f"set DEVICE=cpu, or make {path} smaller"
-        _, (episode, masks) = next(in_batches([(path, image)], 1, segment_batch, mend))
-        about = {"folder": progress.folder, "image": path.name}
+
+    def make_masks(path: Path) -> int:
+        """Writes all files of an image; returns how many frames the image has."""
+        image, frames = load_image(folder / path, first_frame=True), frame_count(folder / path)
+        mend = f"set DEVICE=cpu, or make {folder / path} smaller"
+        batch = [(folder / path, image)]
+        _, (episode, masks) = next(in_batches(batch, 1, segment_batch, mend))
+        about = {"folder": str(progress.folder), "image": path.as_posix()}
         lines = write_masks(out, names[path], wanted, image, masks, episode, frozen.frame, about)
         if len(texts) > 1:
-            save(out / f"{names[path][-1]}.png", indexed(masks, episode.foreground(srm), indices))
+            picture = indexed(masks, episode.foreground(srm), indices)
+            save_picture(picture, out / f"{names[path][-1]}.png")
         progress.add(path, lines)
+        return frames
 
-    print(f"wrote masks of {len(paths) - len(broken)} images to {out}")
-    if broken:
-        some = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
-        raise UserError(f"{len(broken)} of {len(paths)} files could not be read ({some}): mend or "
-                        "remove them; the other images are done")
+    without_mask, several_frames = [], []
+    left = [path for path in paths if path.as_posix() not in progress.images]
+    for path in tqdm(left, "segmenting", initial=len(paths) - len(left), total=len(paths)):
+        try:
+            if make_masks(path) > 1:
+                several_frames.append(path.as_posix())
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            if not concerns_one_image(error):
+                raise
+            reason = str(error) or "out of memory"  # a MemoryError says nothing
+            tqdm.write(f"no mask of {path}: {reason}", file=sys.stderr)
+            without_mask.append(path.as_posix())
+
+    print(f"wrote masks of {len(paths) - len(without_mask)} images to {out}")
+    if several_frames:
+        print(f"only the first of several frames or pages was used of {some(several_frames)}")
+    print_passed_over(passed_over)
+    if without_mask:
+        raise UserError(f"{len(without_mask)} of {len(paths)} images got no mask "
+                        f"({some(without_mask)}), and it is said above why: mend or remove them "
+                        "and run the same command again; the other images are done")
     progress.end()
+
+
+def concerns_one_image(error: Exception) -> bool:
+    """Whether the next image may go well all the same."""
+    if isinstance(error, OSError):
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return isinstance(error, (UserError, MemoryError)) or is_out_of_memory(error)
 
 
 # ---- what is asked for
@@ -108,45 +136,111 @@ def check(images: str, classes: tuple[str, ...]) -> None:
         raise UserError("CLASSES belongs to IMAGES: set IMAGES to a folder, or leave CLASSES out")
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The files in `folder` itself whose name ends as a format that Pillow reads.
+def choose_texts(classes: tuple[str, ...], cache: Cache, made_with: dict) -> list[str]:
+    """The texts to look for. CLASSES=all are those that training has seen; the others are named.
 
-    Raises UserError if there are none.
+    made_with: the settings of the training. Raises UserError where CLASSES names an unknown text.
+    """
+    wanted = choose("CLASSES", classes, cache.texts)
+    if classes != ("all",):
+        return wanted
+    shots = cache.samples("train")[:made_with["shots"] or None]
+    seen = set(shots[:, 1].tolist())
+    if made_with["every_text"]:  # also the other classes in these images
+        seen |= set(np.flatnonzero(cache.file["present"][:][shots[:, 0]].any(0)).tolist())
+    unseen = [text for index, text in enumerate(cache.texts) if index not in seen]
+    if unseen:
+        print(f"not looked for, as no training sample shows them: {', '.join(unseen)} (CLASSES "
+              "can name them all the same)")
+    return [text for text in wanted if text not in unseen]
+
+
+def find_images(folder: Path, out: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """The pictures in `folder` and its subfolders, relative to it, and what else was found there.
+
+    Pictures are files whose name ends as a format that Pillow reads. The others are {why they are
+    passed over: names}. What is hidden, and the run folder, whose subfolder `out` is, do not count.
+
+    Raises UserError if there are no pictures.
     """
     if not folder.is_dir():
         raise UserError(f"IMAGES={folder} is no folder: name the folder that holds your images")
+    register_heif()
     Image.init()
-    formats = Image.registered_extensions().items()
-    readable = {suffix for suffix, kind in formats if kind in Image.OPEN}
-    found = [path for path in folder.iterdir() if path.is_file()
-             and path.suffix.lower() in readable and not path.name.startswith(".")]
-    others = [path.name for path in sorted(folder.iterdir())
-              if path not in found and not path.name.startswith(".")]
-    if others:
-        some = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
-        print(f"passed over, as no picture that Pillow reads here, or a folder: {some}")
+    readable = {suffix for suffix, kind in Image.registered_extensions().items()
+                if kind in Image.OPEN and not is_stub(Image.OPEN[kind][0])}
+    found, passed_over = [], {}
+
+    def pass_over(why: str, path: Path) -> None:
+        passed_over.setdefault(why, []).append(path.relative_to(folder).as_posix())
+
+    def closed(error: OSError) -> None:
+        pass_over("which are folders that cannot be opened", Path(error.filename))
+
+    for parent, folders, files in os.walk(folder, onerror=closed):
+        here = Path(parent)
+        for name in [name for name in folders if (here / name).is_symlink()]:
+            pass_over("which are links to folders", here / name)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")
+                            and (here / name).resolve() not in (out.resolve(),
+                                                                out.parent.resolve()))
+        for path in (here / name for name in sorted(files) if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if suffix in readable and path.is_file():
+                found.append(path.relative_to(folder))
+            elif suffix in _PACKAGES:
+                pass_over(f"which need another package (pip install {_PACKAGES[suffix]})", path)
+            else:
+                pass_over("which are no pictures that Pillow reads", path)
     if not found:
+        print_passed_over(passed_over)
         raise UserError(f"IMAGES={folder} holds no image: name a folder with files such as "
                         "photo.jpg in it")
-    return sorted(found)
+    return sorted(found), passed_over
+
+
+def is_stub(factory: object) -> bool:
+    """Whether Pillow knows such files (HDF5, for one) without being able to read them."""
+    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+
+
+def print_passed_over(passed_over: dict[str, list[str]]) -> None:
+    for why, names in passed_over.items():
+        print(f"passed over {len(names)}, {why}: {some(names)}")
 
 
 def name_files(paths: list[Path], words: list[str]) -> dict[Path, list[str]]:
     """The names of each image's files, without suffix: photo-<word> for each word, else photo.
 
-    Raises UserError where two images would be written to the same file.
+    paths: relative to the folder of images; the names have the same subfolders. What would be too
+    long for a file system is cut. Raises UserError where two images would be written to one file.
     """
-    stems, names, owner = Counter(path.stem for path in paths), {}, {}
+    stems, names, owner = Counter(path.with_suffix("") for path in paths), {}, {}
+    endings = [re.sub(r"[^0-9A-Za-z]+", "-", f"-{word}") for word in words] or [""]
+    room = _LONGEST - len(".png") - max(map(len, endings))
     for path in paths:
-        stem = path.stem if stems[path.stem] == 1 else path.name  # a.jpg beside a.png
-        endings = [re.sub(r"[^0-9A-Za-z]+", "-", word) for word in words]
-        names[path] = [f"{stem}-{ending}" for ending in endings] or [stem]
-        for name in names[path]:
-            if name in owner:
-                raise UserError(f"the masks of {owner[name].name} and {path.name} would both be "
-                                f"written to {name}.png: rename one of the images")
-            owner[name] = path
+        alone = stems[path.with_suffix("")] == 1  # else a.jpg stands beside a.png
+        stem = (path.parent / cut(path.stem if alone else path.name, room)).as_posix()
+        names[path] = [stem + ending for ending in endings]
+        for file in (file for name in names[path] for file in files_of(name)):
+            if owner.setdefault(file, path) != path:
+                raise UserError(f"the masks of {owner[file]} and {path} would both be written to "
+                                f"{file}: rename one of the images")
     return names
+
+
+def cut(name: str, room: int) -> str:
+    """`name`; if it has more than `room` bytes, its beginning and a hash of the whole."""
+    given = os.fsencode(name)
+    if len(given) <= room:
+        return name
+    digest = hashlib.sha256(given).hexdigest()[:12]
+    return given[:room - 13].decode("utf-8", "ignore") + "-" + digest
+
+
+def files_of(name: str) -> tuple[str, str]:
+    """The mask and the overlay of that name, relative to the folder of masks."""
+    return f"{name}.png", f"overlays/{name}.png"
 
 
 # ---- one image
@@ -162,7 +256,7 @@ def load_models(attributes: dict, texts: tuple[str, ...], device: torch.device) 
     for name, fingerprint in found.items():
         if fingerprint != attributes[f"{name}_fingerprint"]:
             raise UserError(f"{name.upper()}={attributes[name]} is not the one that made the "
-                            "cache: run stage 1 again")
+                            f"cache: set {name.upper()} to the one that did, or run stage 1 again")
     surgery = ClipSurgery(clip, tokenizer, attributes["clip_size"], texts)
     embedder = SamEmbedder(sam, attributes["precision"])
     return FrozenModels(embedder, surgery, attributes["image_size"])
@@ -195,11 +289,11 @@ def write_masks(out: Path, names: list[str], texts: list[str], image: np.ndarray
     points, labels = episode.points.cpu().numpy(), episode.labels.tolist()
     qualities, lines = episode.predicted_iou.tolist(), []
     for k, text in enumerate(texts):
-        mask = f"{names[k]}.png"
-        save(out / mask, Image.fromarray(masks[k].astype(np.uint8) * 255))
+        mask, overlaid = files_of(names[k])
+        save_picture(Image.fromarray(masks[k].astype(np.uint8) * 255), out / mask)
         picture = overlay(image, masks[k], (width, height))
         draw_points(picture, points[k], labels[k], frame)
-        save(out / "overlays" / mask, picture)
+        save_picture(picture, out / overlaid)
         own_points = points[k] * (np.array([width, height]) / frame)
         lines.append(about | {"text": text, "mask": mask, "labels": labels[k],
                               "points": own_points.round(1).tolist(),
@@ -233,22 +327,6 @@ def palette() -> list[int]:
     return colours.ravel().tolist()
 
 
-def save(path: Path, picture: Image.Image) -> None:
-    """As PNG, marked as written here; see `is_ours`."""
-    mark = PngInfo()
-    mark.add_text(*_MARK)
-    write_atomic(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=mark))
-
-
-def is_ours(path: Path) -> bool:
-    """Whether `save` wrote this picture."""
-    try:
-        with Image.open(path) as picture:
-            return picture.info.get(_MARK[0]) == _MARK[1]
-    except Exception:  # what is no picture makes Pillow raise nearly anything
-        return False
-
-
 # ---- what is done
 
 class Progress:
@@ -259,9 +337,10 @@ class Progress:
     they are mended. It goes when all images are done.
     """
 
-    def __init__(self, out: Path, folder: str) -> None:
-        """folder: of the images. Raises UserError where masks.jsonl is not what was written."""
+    def __init__(self, out: Path, folder: Path) -> None:
+        """folder: of the images. Raises UserError where either file is not what was written."""
         self.out, self.folder, self.part = out, folder, out / "masks.json.part"
+        require_ours(self.part)
         self.lines = read_lines(out / "masks.jsonl")  # {mask's file name: its line}
         self.images = {}  # {image's name: its stamp and lines}
         self.made_with, self.stamps = "", {}
@@ -273,23 +352,22 @@ class Progress:
         """
         for path, stems in names.items():
             for stem in stems:
-                for file in (self.out / f"{stem}.png", self.out / "overlays" / f"{stem}.png"):
-                    if file.exists() and not is_ours(file):
-                        raise UserError(f"{file} was not written by this run, and a mask of {path} "
-                                        "would replace it: move it away, or name another RUN_DIR")
-                line = self.lines.get(f"{stem}.png", {})
-                if line.get("folder", self.folder) != self.folder:
-                    raise UserError(f"{self.out / line['mask']} is the mask of "
-                                    f"{Path(line['folder'], line['image'])}, and that of {path} "
-                                    f"would replace it: rename the image, or move {self.out} away")
+                mask, overlaid = files_of(stem)
+                require_ours(self.out / mask, self.out / overlaid)
+                line = self.lines.get(mask, {})
+                if line.get("folder", str(self.folder)) != str(self.folder):
+                    raise UserError(f"{self.out / mask} is the mask of "
+                                    f"{Path(line['folder'], line['image'])}, and that of "
+                                    f"{self.folder / path} would replace it: rename the image, or "
+                                    f"move {self.out} away")
 
     def go_on(self, paths: list[Path], made_with: dict) -> None:
         """Takes over the images that a stopped call has done and that are still the same.
 
         made_with: the settings that this call must have had too.
         """
-        self.made_with = json.dumps({"folder": self.folder, **made_with})
-        self.stamps = {path.name: stamp(path) for path in paths}
+        self.made_with = json.dumps({"folder": str(self.folder), **made_with})
+        self.stamps = {path.as_posix(): stamp(self.folder / path) for path in paths}
         for name, entry in read_part(self.part, self.made_with).items():
             if entry["stamp"] == self.stamps.get(name):
                 self.images[name] = entry
@@ -302,7 +380,8 @@ class Progress:
         """Keeps that the image `path` is done. lines: its lines of masks.jsonl."""
         self.lines |= {line["mask"]: line for line in lines}
         self.write_lines()
-        self.images[path.name] = {"stamp": self.stamps[path.name], "lines": lines}
+        name = path.as_posix()
+        self.images[name] = {"stamp": self.stamps[name], "lines": lines}
         write_text(self.part, json.dumps({"made_with": self.made_with, "images": self.images}))
 
     def write_lines(self) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 
-from common.results.plotting import plt
-from common.runtime.files import write_atomic
+from common.results.plotting import plt, save_figure
+from common.runtime.files import PNG_MARK, write_atomic
 
 PANEL = 256  # pixels a side of one picture in a strip
 MASK_COLOUR, MASK_SHARE = (30, 120, 255), 0.5  # blue: points are green and red
@@ -35,13 +36,12 @@ def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     for axis in axes[-1]:
         axis.set_xlabel(x_name, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
-def overlay(picture: np.ndarray, mask: np.ndarray,
-            size: tuple[int, int] = (PANEL, PANEL)) -> Image.Image:
-    """A picture with a mask laid over it in blue, with a white outline.
+def overlay(picture: np.ndarray, mask: np.ndarray, size: tuple[int, int] = (PANEL, PANEL),
+            colour: tuple[int, int, int] = MASK_COLOUR) -> Image.Image:
+    """A picture with a mask laid over it in a colour, with a white outline.
 
     picture: uint8 (H, W, 3). mask: bool (H', W'). size: (width, height) of what is returned.
     """
@@ -49,7 +49,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray,
     where = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.NEAREST)
     outline = ImageChops.subtract(where.filter(ImageFilter.MaxFilter(3)), where)
     share = where.point(lambda value: value * MASK_SHARE)
-    base = Image.composite(Image.new("RGB", base.size, MASK_COLOUR), base, share)
+    base = Image.composite(Image.new("RGB", base.size, colour), base, share)
     return Image.composite(Image.new("RGB", base.size, (255, 255, 255)), base, outline)
 
 
@@ -95,4 +95,11 @@ def save_strips(strips: list[Image.Image], path: Path) -> None:
     for one in strips:
         sheet.paste(one, (0, top))
         top += one.height + 6
-    write_atomic(path, lambda temporary: sheet.save(temporary, "PNG"))
+    save_picture(sheet, path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """As a marked PNG, which a later call may replace."""
+    mark = PngInfo()
+    mark.add_text(*PNG_MARK)
+    write_atomic(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=mark))

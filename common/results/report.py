@@ -19,7 +19,7 @@ PLACE = "__REPORT_DATA__"  # where the template takes the data
 
 
 def gallery_item(name: str, target: str | None, image: np.ndarray, truth: np.ndarray,
-                 masks: list[np.ndarray], ious: list[float], points: np.ndarray,
+                 masks: np.ndarray, ious: list[float], points: np.ndarray,
                  labels: np.ndarray, frame: int) -> dict:
     """What the page shows of one test sample, as a small dict that JSON can hold.
 
@@ -27,7 +27,7 @@ def gallery_item(name: str, target: str | None, image: np.ndarray, truth: np.nda
     image: uint8 (H, W, 3), RGB. One of another size than the truth, such as the cache's squashed
         square, is stretched to it.
     truth: uint8 (H, W), 1 foreground, 0 background, 255 ignored.
-    masks, ious: bool (H, W) and a fraction, one after each of the rounds 0..T.
+    masks, ious: bool (1 + T, H, W) and fractions, one after each of the rounds 0..T.
     points, labels: (2 + T, 2), (x, y) in the square `frame` that the image was squashed to, and
         (2 + T,), 1 foreground, in the order of prompting: two by round 0, then one a round.
 

@@ -30,7 +30,7 @@ from common.results.paper import (
     results_table,
     stand_ins,
 )
-from common.results.plotting import plt
+from common.results.plotting import plt, save_figure
 from common.runtime import files, script, settings
 from common.runtime.errors import UserError
 from common.runtime.settings import require_same
@@ -47,6 +47,8 @@ _OTHER = {"implicit": "explicit", "explicit": "implicit"}
 _PLUS = {"RESIDUAL": 0.5, "EVERY_TEXT": True}  # of stage 2: what makes AlignSAM+
 _SHOTS = (5, 20)  # Table 10, beside all 50
 _ROUNDS, _EPISODES = (5, 10, 20), (10, 25, 100)  # Figure 7, beside T = 15 and E = 50
+_PLOTS = {"iterations": "iterations.png", "rounds": "figure7_rounds.png",
+          "episodes": "figure7_episodes.png"}
 _QUICK = {"PICTURES": 0, "GALLERY": 0}
 _ABLATIONS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")
 # of ROWS=all, those that a table names
@@ -413,8 +415,7 @@ def plot(path: Path, lines: dict[str, dict[int, Figure]], x_name: str, title: st
     axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half a round
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def write_plots(out: Path, runs: Runs, tables: dict[str, Table], title: str) -> None:
@@ -422,13 +423,13 @@ def write_plots(out: Path, runs: Runs, tables: dict[str, Table], title: str) -> 
     if "iterations" in runs:
         lines = rounds_of(runs["iterations"][""])
         after_rounds = {row: dict(enumerate(values)) for row, values in lines.items()}
-        plot(out / "iterations.png", after_rounds, "round", title)
+        plot(out / _PLOTS["iterations"], after_rounds, "round", title)
     for name in ("rounds", "episodes"):
         if name in runs:
             rows = tables[f"Figure 7: {name}, mIoU"].rows
             lines = {row: {int(column): value for column, value in values.items()}
                      for row, values in rows.items()}
-            plot(out / f"figure7_{name}.png", lines, name, title)
+            plot(out / _PLOTS[name], lines, name, title)
 
 
 def markdown(first: dict, models: str, tables: dict[str, Table], comparable: bool) -> str:
@@ -466,6 +467,8 @@ def main() -> None:
         raise UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py "
                         f"TASK={TASK} first, with your SAM, CLIP and DATA_DIR")
 
+    plots = [_PLOTS[name] for name in _PLOTS if name in wanted]
+    files.require_ours(*(out / name for name in ("tables.md", "tables.json", *plots)))
     identity, shots, texts = look_into_cache(TASK)
     runs = run_experiments(wanted, task.branch, identity, shots)
     tables = paper_tables(runs, task.branch)

@@ -1,7 +1,11 @@
-"""Files that are never half written, folders that one process claims, and checks for damage."""
+"""Files that are never half written and replace none of the user's; folders that one process
+claims; checks for damage.
+"""
 
 import contextlib
+import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +13,39 @@ from pathlib import Path
 from common.runtime import distributed
 from common.runtime.errors import UserError
 
+PNG_MARK = ("Software", "AlignSAM")  # a text in every PNG that this project writes
+_OURS = {  # {suffix: what the beginning of such a file holds where this project wrote it}
+    ".png": rb"tEXtSoftware\0AlignSAM",
+    ".html": rb"<title>AlignSAM report</title>",
+    ".csv": rb"^(step,loss|episode,return)\b",  # of stages 2 and 3
+    # of stage 4, the tables, the benchmark, the fault campaign
+    ".json": rb'^\{\s*"(task|device|seed)": .*,\s*"(sam|models|torch|seconds)": ',
+    ".md": rb"^# .+\n\nSAM .+, CLIP .+ branch, ",
+    ".jsonl": rb'^\{"folder": ',
+    ".pt": rb"^PK",  # more is looked at where a checkpoint is loaded
+    ".part": rb'^(PK|\{"made_with": )',
+}
 _FOLDER = 0x10  # the mark of a folder among the attributes of a zip entry
+
+
+def require_ours(*paths: Path) -> None:
+    """Raises UserError at the first path that is there and that this project did not write.
+
+    What it wrote shows in the first bytes, see `_OURS`. An empty file may be replaced too.
+    """
+    for path in paths:
+        if path.exists() and not _is_ours(path):
+            raise UserError(f"{path} was not written by AlignSAM, or by a version before it marked "
+                            "its files, so it is not replaced: move it away, or write to another "
+                            "place")
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_file() or path.suffix not in _OURS:
+        return False
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    return not start or re.search(_OURS[path.suffix], start) is not None
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -17,10 +53,14 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
     A reader, or a run that goes on after a power cut, finds the old file or the new one, and never
     half of one. On any failure the old file stays as it was and the temporary one is removed.
-    The temporary path has the suffix of `path`. OSErrors name `path`.
+    The temporary path has the suffix of `path`. OSErrors name `path`. Raises UserError where
+    `path` is a file of the user's, see `require_ours`.
     """
-    # The name is always the same, so that the next write replaces what a kill left behind.
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    require_ours(path)
+    # The name is always the same, so that the next write replaces what a kill left behind. It is
+    # one that only this project gives, and short, whatever the length of `path`'s own.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".alignsam-{digest}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # raises OSError in a folder without write access, whatever `write` uses

@@ -37,7 +37,7 @@ OTHER_MEND = "{} cannot be used ({}): look at it, or choose another place"
 
 
 def run(main: Callable[[], None], constants: dict[str, object], shared: bool = False) -> None:
-    """Puts the command line's NAME=value into `constants`, then calls `main()`.
+    """Puts the command line's NAME=value into `constants`, says what is done, calls `main()`.
 
     An error that the user can solve ends the script with one sentence on stderr and exit status 1,
     Ctrl-C with status 130. If whoever reads stdout has gone, it ends without a word, as other
@@ -52,6 +52,9 @@ def run(main: Callable[[], None], constants: dict[str, object], shared: bool = F
         settings.override(constants, sys.argv[1:])
         if not shared:
             require_one_process(Path(sys.argv[0]).name)
+        if constants.get("__doc__"):  # its first line
+            of = f" TASK={constants['TASK']}" if "TASK" in constants else ""
+            print(constants["__doc__"].partition("\n")[0] + of)
         main()
         distributed.barrier()  # so that all processes fail if one fails at the last moment
         sys.stdout.flush()

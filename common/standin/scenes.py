@@ -488,6 +488,9 @@ def paths(effect: str, split: str, index: int) -> tuple[str, str]:
 def put(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary path)`, then moves that file to `path`: no reader meets half a file.
 
+    A scene is always drawn with the same bytes, so a file that is there already is the same, or is
+    not ours: then raises UserError.
+
     It differs from files.write_atomic in two ways. Two processes may write the same file at once,
     and it does not wait for the disk, which would take long for thousands of pictures.
     """
@@ -496,6 +499,9 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)
+        if path.exists() and path.read_bytes() != temporary.read_bytes():
+            raise UserError(f"{path} is there already and is not what this generator draws, so it "
+                            "is not replaced: move the data folder away")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

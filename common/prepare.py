@@ -1,0 +1,93 @@
+"""What stage 1 needs beside the models: the task and its data, decoded ahead of the models."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from common.cache_file import PICTURE
+from common.images import Sample, load_image
+from common.label_maps import Checked, load_label_map
+from common.runtime import distributed
+from common.runtime.errors import UserError
+from common.tasks import Task, get_task, with_foreground, with_prompt
+
+
+def open_task(constants: dict[str, object]) -> tuple[Task, Path]:
+    """The task, and the folder of its data; the data of a demo task are drawn if they are missing.
+
+    constants: stage 1's `globals()`. Raises UserError for an unknown task, or a PROMPT or
+    FOREGROUND that does not suit it.
+    """
+    name, prompt = constants["TASK"], constants["PROMPT"]
+    task = with_foreground(with_prompt(get_task(name, prompt), prompt), constants["FOREGROUND"])
+    if name == "cuhk":
+        task = replace(task, white_is_foreground=constants["CUHK_WHITE_IS_BLURRED"])
+    data_dir = Path(constants["DATA_DIR"] or f"data/{name}").expanduser()
+    if name.startswith("demo_") and not constants["DATA_DIR"]:
+        from common.standin.scenes import write_dataset
+        with distributed.rank_0_first():
+            write_dataset(name.removeprefix("demo_"), data_dir)
+    elif "demo" in (constants["SAM"], constants["CLIP"]):
+        print("SAM=demo and CLIP=demo are small stand-ins: see the README for the real models")
+    return task, data_dir
+
+
+def mask_summary(images: Sequence[Sample], checked: Sequence[Checked]) -> str:
+    """A line on how the masks were read and how much foreground they hold.
+
+    checked: of `check_samples`, for each image. A wrong reading shows in these numbers.
+    """
+    ways = Counter(one.how for one in checked).most_common()
+    shares = [one.foreground for one in checked]
+    ends = (f"{shares[index]:.1%} ({images[index].place})"
+            for index in (np.argmin(shares), np.argmax(shares)))
+    return (f"masks: {', '.join(f'{how} in {count}' for how, count in ways)}; foreground "
+            f"{np.mean(shares):.1%} on average, from {' to '.join(ends)}")
+
+
+def read_sample(sample: Sample, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """The image, uint8 (H, W, 3), and its label map, uint8 (H, W).
+
+    Raises UserError that names SKIP beside what is wrong with either.
+    """
+    try:
+        image = load_image(sample.image)
+        return image, load_label_map(sample, task, image.shape[:2])
+    except UserError as error:
+        raise UserError(f"{error}; or leave it out by SKIP={sample.place}") from error
+
+
+class Decoded(NamedTuple):
+    """One image, ready for the models and the cache."""
+
+    row: int  # in the cache
+    seen: tuple[np.ndarray, np.ndarray]  # what SAM and CLIP see, see `FrozenModels.see`
+    label_map: np.ndarray  # uint8 (H, W)
+    picture: np.ndarray  # uint8 (256, 256, 3)
+
+
+def decode_ahead(rows: Sequence[int], images: Sequence[Sample], task: Task, see: Callable,
+                 workers: int) -> Iterator[Decoded]:
+    """The images of these rows, in their order, read by threads while the models compute.
+
+    images: of all rows of the cache. see: `FrozenModels.see`. workers: how many threads there are;
+    each is up to eight images ahead.
+    """
+    def decode(row: int) -> Decoded:
+        image, label_map = read_sample(images[row], task)
+        picture = Image.fromarray(image).resize((PICTURE, PICTURE), Image.BILINEAR)
+        return Decoded(row, see(image), label_map, np.asarray(picture))
+
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = (pool.submit(decode, row) for row in rows)
+        ahead = deque(islice(waiting, 8 * workers))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(islice(waiting, 1))
