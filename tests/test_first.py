@@ -26,6 +26,11 @@ sys.exit()
 """
 
 
+def heed_ctrl_c() -> None:
+    """Tests may run in the background of a shell, where programs inherit that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path):
     """Starts a script with a torch that only prints OMP_WAIT_POLICY and ends, or sleeps."""
@@ -37,7 +42,8 @@ def start(tmp_path):
         environment |= {"PYTHONPATH": str(tmp_path), **variables}
         # not by its path: the script's own folder comes before PYTHONPATH
         return subprocess.Popen([sys.executable, ROOT / "03_train_agent.py"], env=environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                preexec_fn=heed_ctrl_c)
 
     return start
 
@@ -72,12 +78,12 @@ def test_ctrl_c_after_the_imports_is_an_exception_again(tmp_path):
                       "    finally:\n        print('closed')\n"
                       "run(main, {})\n")
     done = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, preexec_fn=heed_ctrl_c)
     assert (done.returncode, done.stdout) == (130, "closed\n")
 
 
 def test_a_test_or_notebook_that_loads_it_keeps_its_own_ctrl_c():
     before = signal.getsignal(signal.SIGINT)
-    sys.modules.pop("common.runtime.first")
+    sys.modules.pop("common.runtime.first", None)
     import common.runtime.first  # noqa: F401
     assert signal.getsignal(signal.SIGINT) is before

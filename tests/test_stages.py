@@ -229,7 +229,6 @@ def test_stages_3_and_4_see_the_state_that_stage_2_chose(workplace):
     ("02_train_srm.py", ["STEPS=21"], "STEPS=20, and now it is 21"),
     ("03_train_agent.py", ["GAMMA=0.5"], "GAMMA=0.99, and now it is 0.5"),
     ("01_cache_features.py", ["SEED=3"], "SEED=0"),
-    ("01_cache_features.py", ["RUN_DIR=new", "SHOTS=11"], "set SHOTS=10 or less"),
     ("01_cache_features.py", ["RUN_DIR=new", "PATCH_SIZE=70"], "PATCH_SIZE=70 does not divide"),
     ("03_train_agent.py", ["RUN_DIR=again2", "EPISODE=5"], "did you mean EPISODES?"),
     ("03_train_agent.py", ["ROUNDS=101"], "ROUNDS=101"),
