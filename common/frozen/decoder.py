@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from common.layers import attention, split_heads
 
+PLACES = 1024  # upscaled at a time: what they become fits into a core's cache
+
 
 class ImageSide(NamedTuple):
     """What the decoder computes from B images alone, before the first point.
@@ -80,6 +82,18 @@ class SingleMaskDecoder:
         keys = embeddings.flatten(2).transpose(1, 2) + self.no_mask
         return ImageSide(keys, *self.projections[0](keys))
 
+    def upscale(self, keys: Tensor, hyper_in: Tensor) -> Tensor:
+        """Logits (B, P, 4, 4) of P places, of which `output_upscaling` makes 4 x 4 each.
+
+        keys: (B, P, C). hyper_in: (B, C / 8), what a fine place is multiplied with. A 2 x 2
+        transposed convolution of stride 2 is a linear layer to four places.
+        """
+        first, norm, activation, second, _ = self.decoder.output_upscaling
+        fine = transposed(first, keys)  # (B, P, 4, C / 4)
+        fine = activation(F.layer_norm(fine, fine.shape[3:], norm.weight, norm.bias, norm.eps))
+        fine = activation(transposed(second, fine))  # (B, P, 4, 4, C / 8)
+        return torch.einsum("bpijc,bc->bpij", fine, hyper_in)
+
     @torch.no_grad()
     def decode(self, image: ImageSide, sparse: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits (B, 4h, 4w) and predicted IoU (B,).
@@ -110,14 +124,8 @@ class SingleMaskDecoder:
         k, v = self.final_projections(keys)
         queries = transformer.norm_final_attn(queries + final.out_proj(attention(q, k, v)))
 
-        # output_upscaling, place by place: a 2 x 2 transposed convolution of stride 2 is a linear
-        # layer to four places
-        first, norm, activation, second, _ = decoder.output_upscaling
-        fine = transposed(first, keys)  # (B, h w, 4, C / 4)
-        fine = activation(F.layer_norm(fine, fine.shape[3:], norm.weight, norm.bias, norm.eps))
-        fine = activation(transposed(second, fine))  # (B, h w, 4, 4, C / 8)
         hyper_in = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # token 0 is the IoU's
-        logits = torch.einsum("bpijc,bc->bpij", fine, hyper_in)
+        logits = torch.cat([self.upscale(some, hyper_in) for some in keys.split(PLACES, 1)], 1)
         # (B, row, column, i, j, k, l): i and k are the two halvings of a row, j and l of a column
         logits = logits.view(-1, self.height, self.width, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
         logits = logits.reshape(-1, 4 * self.height, 4 * self.width)
