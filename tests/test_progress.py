@@ -28,10 +28,12 @@ def test_short_items_are_timed_until_there_are_enough_of_them(clock, capsys):
 def test_work_that_is_over_before_it_is_timed_says_nothing(clock, capsys):
     for _ in progress.progress(range(3), "training", 3):
         clock[0] += 1
+    for _ in progress.progress(range(3), "training", 3):  # timed, but only 8 seconds are left
+        clock[0] += 4
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("seconds", "said"), [
-    (0.2, "a few seconds"), (89, "89 seconds"), (125, "2 minutes"), (5 * 3600, "5.0 hours")])
+    (40.2, "40 seconds"), (89, "89 seconds"), (125, "2 minutes"), (5 * 3600, "5.0 hours")])
 def test_durations_have_a_persons_unit(seconds, said):
     assert progress.duration(seconds) == said

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from common.runtime import distributed
 
 ENOUGH = 5  # seconds of work from which the rest is estimated; at least one item
+WORTH_SAYING = 10  # seconds
 Item = TypeVar("Item")
 
 
@@ -37,8 +38,8 @@ class Bar:
         if self.told or spent < ENOUGH or not self.first < done < self.total:
             return
         self.told = True
-        if distributed.RANK == 0:
-            left = spent / (done - self.first) * (self.total - done)
+        left = spent / (done - self.first) * (self.total - done)
+        if distributed.RANK == 0 and left >= WORTH_SAYING:
             tqdm.write(f"{self.what}: about {duration(left)} left")
 
 
@@ -53,7 +54,7 @@ def progress(items: Iterable[Item], what: str, total: int, done: int = 0) -> Ite
 def duration(seconds: float) -> str:
     """In the unit that a person would use: "40 seconds", "12 minutes", "3.5 hours"."""
     if seconds < 90:
-        return f"{round(seconds)} seconds" if seconds >= 5 else "a few seconds"
+        return f"{round(seconds)} seconds"
     if seconds < 90 * 60:
         return f"{round(seconds / 60)} minutes"
     return f"{seconds / 3600:.1f} hours"
