@@ -1,5 +1,6 @@
 """The data sets as their authors ship them: where the files are, and which ones are drawn."""
 
+import hashlib
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -66,7 +67,7 @@ def list_samples(task: Task, data_dir: str | Path, skip: Collection[str] = ()) -
                    for split, (images, masks) in folders.items()
                    for name, image, mask in _pairs(images, masks, _names_of(split, skip),
                                                    of_duts=task.dataset == "duts")]
-    if list(folders) == ["train"]:
+    if list(folders) == ["train"] and samples:
         samples = _hold_out(samples)
     for split in ("train", "test"):
         if not any(sample.split == split for sample in samples):
@@ -78,13 +79,18 @@ def list_samples(task: Task, data_dir: str | Path, skip: Collection[str] = ()) -
 def _hold_out(samples: list[Sample]) -> list[Sample]:
     """A fifth of the samples, 2 at least and 100 at most, as test samples; said on stdout.
 
-    They are drawn at random, but by a seed of its own: whichever training samples are drawn, the
-    test samples are the same.
+    They are drawn by a hash of their names: whichever training samples are drawn, the test samples
+    are the same, and a sample more or less moves one of the others at most.
+    Raises UserError where there are fewer than 4: 2 to train and 2 to test.
     """
+    if len(samples) < 4:
+        raise UserError(f"{samples[0].image.parent} holds {len(samples)} images with masks, and 4 "
+                        "at least are needed: 2 to train and 2 to test")
     count = min(max(round(len(samples) / 5), 2), 100)
-    held_out = set(np.random.default_rng(0).permutation(len(samples))[:count].tolist())
-    samples = [replace(sample, split="test") if index in held_out else sample
-               for index, sample in enumerate(samples)]
+    by_hash = sorted(samples, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())
+    held_out = set(by_hash[:count])
+    samples = [replace(sample, split="test") if sample in held_out else sample
+               for sample in samples]
     names = [sample.name for sample in samples if sample.split == "test"]
     print(f"there is no test folder: {count} of {len(samples)} samples are held out to test on: "
           f"{some(names)}")
@@ -312,7 +318,8 @@ def _missing(task: Task, data_dir: Path, found: dict[str, Path | list[str]]) -> 
     elif task.home:
         source = f"get the data set from {task.home} and unpack it there"
     elif task.name == "folder":
-        source = "put your pictures there"
+        source = ("put your pictures there (without a folder test, a fifth of the others is held "
+                  "out)")
     else:
         source = "leave DATA_DIR empty for a task that is drawn here, or set TASK"
     if not data_dir.is_dir():

@@ -252,6 +252,9 @@ def _split(levels: np.ndarray, path: Path, task: Task) -> tuple[np.ndarray, str]
     if set(found) <= {0, 1}:
         return levels, " and ".join(map(str, found))
     if set(found) <= {0, 1, IGNORE} and 1 in found:
+        if task.name == "folder" and (levels == IGNORE).sum() > 4 * (levels == 1).sum():
+            raise UserError(f"{path} holds 0, 1 and much more 255, which is ignored beside 1: set "
+                            "FOREGROUND=1 if that is meant, or save the mask as 0 and 255")
         return levels, RING
     others = [str(level) for level in found if level]
     listed = f"the grey level{'s'[:len(others) > 1]} {some(others)}"
@@ -266,6 +269,9 @@ def _split(levels: np.ndarray, path: Path, task: Task) -> tuple[np.ndarray, str]
     # the published data sets have specks; among masks of one's own a few levels may be classes
     may_be_classes = task.name == "folder" and len(found) <= _FEW
     if own.sum() > (0 if may_be_classes else 0.02 * white.sum()):
+        if len(found) > _FEW:  # no classes: FOREGROUND would not help
+            raise UserError(f"{path} holds more than black and white ({listed}): save it with the "
+                            "two levels 0 and 255")
         example = int(np.bincount(levels[own]).argmax())
         raise _refused(path, task, f"holds more than black and white ({listed})", str(example))
     if between.mean() > 0.5:

@@ -347,10 +347,22 @@ def test_a_folder_without_test_images_holds_some_out(tmp_path, capsys, pairs, te
     assert len(names(samples, "test")) == tested and len(names(samples, "train")) == pairs - tested
     assert len(set(names(samples, "test")) | set(names(samples, "train"))) == pairs
     assert samples == list_samples(task_of("folder"), tmp_path)
+    for kind in ("images", "masks"):  # a new sample leaves all but one where they are
+        (tmp_path / "train" / kind / "new.png").touch()
+    before, after = set(names(samples, "test")), list_samples(task_of("folder"), tmp_path)
+    assert len(before ^ set(names(after, "test"))) <= 2
     said = capsys.readouterr().out
     assert f"{tested} of {pairs} samples are held out to test on: " in said
     assert names(samples, "test")[0] in said
     assert ("tells little" in said) == (pairs < 10)
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_too_few_to_hold_some_out_is_said_with_their_number(tmp_path, pairs):
+    for index in range(pairs):
+        pair(tmp_path / "train" / "images", tmp_path / "train" / "masks", f"i{index}")
+    with pytest.raises(UserError, match=f"holds {pairs} images with masks, and 4 at least"):
+        list_samples(task_of("folder"), tmp_path)
 
 
 def test_a_test_folder_that_lacks_its_masks_is_not_held_out_for(tmp_path):

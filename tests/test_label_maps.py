@@ -384,3 +384,17 @@ def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tm
         Image.fromarray(half(top=15)).save(root / f"test/masks/bad{number:02}.png")
     with pytest.raises(UserError, match=r"; and 4 more; or leave them out by SKIP=.*,\.\.\.$"):
         check_samples(list_samples(task_of("folder"), root), task_of("folder"))
+
+
+def test_255_that_marks_much_more_than_1_is_not_ignored_in_silence(tmp_path):
+    mask = np.zeros((40, 40), np.uint8)
+    mask[10:30, 10:30], mask[:3, :3] = 255, 1
+    with pytest.raises(UserError, match="much more 255, .* set FOREGROUND=1 if that is meant"):
+        label_map_of(one(tmp_path, mask=mask))
+
+
+def test_a_mask_of_many_levels_is_not_told_to_name_one_of_them(tmp_path):
+    blocks = np.linspace(60, 230, 16).astype(np.uint8).reshape(4, 4)
+    mask = np.pad(np.kron(blocks, np.ones((10, 10), np.uint8)), 4)
+    with pytest.raises(UserError, match="save it with the two levels 0 and 255$"):
+        label_map_of(one(tmp_path, mask=mask))

@@ -350,10 +350,11 @@ class Progress:
 
         That is a mask of an image in another folder, or any file of the user's.
         """
+        stems = [stem for stems in names.values() for stem in stems]
+        require_ours(*(self.out / file for stem in stems for file in files_of(stem)))
         for path, stems in names.items():
             for stem in stems:
-                mask, overlaid = files_of(stem)
-                require_ours(self.out / mask, self.out / overlaid)
+                mask, _ = files_of(stem)
                 line = self.lines.get(mask, {})
                 if line.get("folder", str(self.folder)) != str(self.folder):
                     raise UserError(f"{self.out / mask} is the mask of "

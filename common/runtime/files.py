@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.runtime import distributed
-from common.runtime.errors import UserError
+from common.runtime.errors import UserError, some
 
 PNG_MARK = ("Software", "AlignSAM")  # a text in every PNG that this project writes
 _OURS = {  # {suffix: what the beginning of such a file holds where this project wrote it}
@@ -29,15 +29,15 @@ _FOLDER = 0x10  # the mark of a folder among the attributes of a zip entry
 
 
 def require_ours(*paths: Path) -> None:
-    """Raises UserError at the first path that is there and that this project did not write.
+    """Raises UserError that names all paths which are there and that this project did not write.
 
     What it wrote shows in the first bytes, see `_OURS`. An empty file may be replaced too.
     """
-    for path in paths:
-        if path.exists() and not _is_ours(path):
-            raise UserError(f"{path} was not written by AlignSAM, or by a version before it marked "
-                            "its files, so it is not replaced: move it away, or write to another "
-                            "place")
+    others = [str(path) for path in paths if path.exists() and not _is_ours(path)]
+    if others:
+        raise UserError(f"{some(others)} was not written by AlignSAM, or by a version before it "
+                        "marked its files, so it is not replaced: move it away, or write to "
+                        "another place")
 
 
 def _is_ours(path: Path) -> bool:

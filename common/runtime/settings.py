@@ -196,5 +196,6 @@ def require_same(path: Path, stored: dict, wanted: dict, mend: str | None = None
         if name in FINGERPRINTS:
             raise UserError(f"{path} was made from another {name} file than the one there is now: "
                             f"{mend or MEND_FILE}")
-        raise UserError(f"{path} was made with {name.upper()}={stored.get(name)}, and now it is "
-                        f"{value}: {mend or MEND}")
+        was = stored.get(name, "empty")
+        raise UserError(f"{path} was made with {name.upper()}={was}, and now it is {value}: "
+                        f"{mend or MEND}")
