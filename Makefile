@@ -8,7 +8,7 @@ FIGURE7 ?= 0
 SAM ?= vit_b
 DEVICE ?= auto
 RUN = .venv/bin/python
-# torch's threads sleep while they wait: beside another busy process, spinning makes it crawl
+# for the tests; the programs set it themselves, see common/runtime/first.py
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test row tables seeds bench faults standin help
