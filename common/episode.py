@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from common.agent import pool_state
 from common.frozen.sam import BatchedPrompter, probability_grid
+from common.runtime.workers import side_by_side
 from common.srm import sample_at
 
 
@@ -71,8 +72,12 @@ class Episode:
 
         Computed for a few images at a time, for states are large.
         """
-        rows = torch.arange(len(self.mask), device=self.mask.device).split(self.prompter.max_batch)
-        return torch.cat([srm(self.semantic_state(some), self.state(some)) for some in rows])
+        def answer(some: Tensor) -> Tensor:
+            return srm(self.semantic_state(some), self.state(some))
+
+        device = self.mask.device
+        rows = torch.arange(len(self.mask), device=device).split(self.prompter.max_batch)
+        return torch.cat(side_by_side(answer, rows, device))
 
     def foreground(self, srm: nn.Module) -> Tensor:
         """y_r (B, h, w): the SRM's foreground probability in the current state (Eq. 12)."""

@@ -14,6 +14,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from common.frozen.decoder import ImageSide, SingleMaskDecoder
 from common.frozen.encoder import encode
 from common.runtime.errors import UserError
+from common.runtime.workers import side_by_side
 
 
 def squash(image: np.ndarray, sam_size: int, frame: int = 800) -> np.ndarray:
@@ -104,12 +105,16 @@ class BatchedPrompter:
         labels: (B, N), 1 foreground, 0 background, -1 SAM's "not a point", a token of its own.
         Points and labels may lie on any device.
         """
-        device, answers = self.sam.device, []
-        points, labels = points.split(self.max_batch), labels.split(self.max_batch)
-        for image, xy, label in zip(prepared, points, labels, strict=True):
-            prompt = (xy.to(device).float() * self.scale, label.to(device))
-            sparse, _ = self.sam.prompt_encoder(prompt, boxes=None, masks=None)
-            answers.append(self.decoder.decode(image, sparse))
+        device = self.sam.device
+        points = (points.to(device).float() * self.scale).split(self.max_batch)
+        labels = labels.to(device).split(self.max_batch)
+
+        def answer(part: tuple[ImageSide, torch.Tensor, torch.Tensor]) -> tuple:
+            image, xy, label = part
+            sparse, _ = self.sam.prompt_encoder((xy, label), boxes=None, masks=None)
+            return self.decoder.decode(image, sparse)
+
+        answers = side_by_side(answer, zip(prepared, points, labels, strict=True), device)
         logits, iou = zip(*answers)
         return torch.cat(logits), torch.cat(iou)
 
