@@ -7,6 +7,7 @@ digits.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import open_clip
 import torch
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from common.layers import attention, split_heads
 from common.runtime import distributed
 from common.runtime.errors import UserError
+from common.runtime.workers import side_by_side
 
 SURGERY_BLOCKS = 6  # attention blocks, counted from the last, that get the second path
 
@@ -171,7 +173,10 @@ class ClipSurgery:
         size = (self.image_size, self.image_size)
         if images.shape[2:] != size:  # not every device has a kernel for it
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        tokens = surgery_tokens(self.visual, (images - self.mean) / self.std)
+        images = (images - self.mean) / self.std
+        at_a_time = 1 if images.device.type == "cpu" else len(images)
+        tokens = torch.cat(side_by_side(partial(surgery_tokens, self.visual),
+                                        images.split(at_a_time), images.device))
         if self.empty_feature is None:
             similarity = feature_surgery(tokens, self.text_features)
         else:

@@ -48,13 +48,24 @@ class SamEmbedder:
 
         images: uint8 (B, s, s, 3) from `squash`, s = SAM's input size.
         """
-        encoder = self.sam.image_encoder
-        pixels = torch.as_tensor(images, device=self.sam.device).permute(0, 3, 1, 2)
-        with torch.autocast(self.sam.device.type, torch.bfloat16, enabled=self.bf16):
-            pixels = self.sam.preprocess(pixels)
-            if isinstance(encoder, ImageEncoderViT):
-                return encode(encoder, pixels).float()
-            return encoder(pixels).float()
+        encoder, device = self.sam.image_encoder, self.sam.device
+        pixels = torch.as_tensor(images, device=device).permute(0, 3, 1, 2)
+
+        def answer(some: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                some = self.sam.preprocess(some)
+                if isinstance(encoder, ImageEncoderViT):
+                    return encode(encoder, some).float()
+                return encoder(some).float()
+
+        at_a_time = for_one_core(self.sam) if device.type == "cpu" else len(images)
+        return torch.cat(side_by_side(answer, pixels.split(at_a_time), device))
+
+
+def for_one_core(sam: Sam) -> int:
+    """Images that a CPU's core computes at a time: more would not fit into its cache."""
+    height, width = sam.prompt_encoder.image_embedding_size
+    return max(1, 8 * 24 * 24 // (height * width))
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -82,9 +93,7 @@ class BatchedPrompter:
         self.sam, self.frame = sam, frame
         # as ResizeLongestSide.apply_coords on a square
         self.scale = sam.image_encoder.img_size / frame
-        height, width = sam.prompt_encoder.image_embedding_size
-        in_cpu_cache = max(1, 8 * 24 * 24 // (height * width))
-        self.max_batch = max_batch or (64 if sam.device.type == "cuda" else in_cpu_cache)
+        self.max_batch = max_batch or (64 if sam.device.type == "cuda" else for_one_core(sam))
         self.decoder = SingleMaskDecoder(sam)
 
     def prepare(self, embeddings: torch.Tensor) -> list[ImageSide]:
