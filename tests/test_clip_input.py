@@ -66,21 +66,22 @@ def close(ours: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> Non
 
 @contextmanager
 def inputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """A list that fills with what `module` is called with."""
-    seen = []
+    """A list that fills with what `module` is called with, in the order of the images."""
+    seen, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # several would work side by side, in any order
     hook = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
         yield seen
     finally:
         hook.remove()
+        torch.set_num_threads(threads)
 
 
 def reaching(model: open_clip.CLIP, surgery: ClipSurgery, images: torch.Tensor) -> torch.Tensor:
     """What the first layer of the image tower is given, (B, 3, S, S)."""
     with inputs_of(model.visual.conv1) as seen:
         surgery.maps(images)
-    (given,) = seen
-    return given
+    return torch.cat(seen)
 
 
 def test_a_picture_reaches_clip_as_open_clips_own_preprocessing_makes_it(small, tokenizer):
@@ -174,7 +175,7 @@ def test_quarters_of_a_picture_reach_both_models_in_their_places_and_colours(
     black = np.zeros((9, 9, 3), np.uint8)
     with inputs_of(small.visual.conv1) as by_clip, inputs_of(sam.image_encoder) as by_sam:
         frozen.compute([frozen.see(black), frozen.see(flag(*shape))])
-    (for_clip,), (for_sam,) = by_clip, by_sam
+    for_clip, for_sam = torch.cat(by_clip), torch.cat(by_sam)
     assert for_clip.shape == (2, 3, 256, 256) and for_sam.shape == (2, 3, 192, 192)
     corners = [(row, column) for row in (0, -1) for column in (0, -1)]
     expected = torch.tensor([RED_FOR_CLIP, GREEN_FOR_CLIP, BLUE_FOR_CLIP, WHITE_FOR_CLIP])
