@@ -430,8 +430,13 @@ def work_of(side: Callable[[], object]) -> tuple[int, int]:
     Counts the floating-point operations of products and convolutions, and the bytes that all
     operators move.
     """
-    with FlopCounterMode(display=False) as operations, Traffic() as traffic:
-        side()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # only what this thread does is counted
+    try:
+        with FlopCounterMode(display=False) as operations, Traffic() as traffic:
+            side()
+    finally:
+        torch.set_num_threads(threads)
     return operations.get_total_flops(), traffic.bytes
 
 
