@@ -14,7 +14,8 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -424,19 +425,25 @@ class Traffic(TorchDispatchMode):
         return result
 
 
+@contextmanager
+def in_one_thread() -> Iterator[None]:
+    """Nothing is computed in other threads, where counters and profiler would not see it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def work_of(side: Callable[[], object]) -> tuple[int, int]:
     """What one call works: operations and bytes.
 
     Counts the floating-point operations of products and convolutions, and the bytes that all
     operators move.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # only what this thread does is counted
-    try:
-        with FlopCounterMode(display=False) as operations, Traffic() as traffic:
-            side()
-    finally:
-        torch.set_num_threads(threads)
+    with in_one_thread(), FlopCounterMode(display=False) as operations, Traffic() as traffic:
+        side()
     return operations.get_total_flops(), traffic.bytes
 
 
@@ -479,7 +486,7 @@ def profile(side: Side, device: torch.device) -> list[tuple[str, float]]:
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         spent = "self_device_time_total"
-    with torch.profiler.profile(activities=activities) as recorded:
+    with in_one_thread(), torch.profiler.profile(activities=activities) as recorded:
         side()
     times = {event.key: getattr(event, spent) for event in recorded.key_averages()}
     dearest = sorted(times, key=times.get, reverse=True)[:PROFILE]
