@@ -95,7 +95,9 @@ def open_all(given: str, own_rows: Collection[str], cache: Cache,
         said = f"{row}: {len(samples)} masks from {folder}"
         if resized:
             said += f", {resized} of them resized to their images (nearest pixel)"
-        print(said + (f"; not used: {some(unused)}" if unused else ""))
+        if unused:
+            said += f"; {len(unused)} other files there are not used ({some(unused)})"
+        print(said)
     if len(faults) > 10:
         faults[10:] = [f"and {len(faults) - 10} more"]
     if faults:
