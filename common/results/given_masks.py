@@ -134,23 +134,26 @@ def find(row: str, folder: Path, cache: Cache,
          samples: np.ndarray) -> tuple[GivenMasks, list[str], list[str]]:
     """A row's files: its masks, names of files that are missing, and of others that are there.
 
-    For a task of several texts the files are taken to be indexed pictures if fewer of these are
-    missing than of masks of single texts.
+    For a task of several texts the files are taken to be indexed pictures if a smaller share of
+    these is missing than of the masks of single texts.
     """
     there = {composed(path.name): path for path in sorted(folder.iterdir()) if path.is_file()}
     images = [Path(f"{cache.name(sample)}.png") for sample in samples]
-    once = list(dict.fromkeys(images))
-    wanted = [image.name for image in images]
-    indexed = len(cache.texts) > 1
-    if indexed:
-        names = name_files(once, list(cache.texts))
+    wanted, indexed = [image.name for image in images], False
+    if len(cache.texts) > 1:
+        names = name_files(list(dict.fromkeys(images)), list(cache.texts))
         of_texts = [f"{names[image][text]}.png" for image, (_, text) in zip(images, samples)]
-        indexed = len({*wanted} - {*there}) < len({*of_texts} - {*there})
+        indexed = share_missing(wanted, there) < share_missing(of_texts, there)
         wanted = wanted if indexed else of_texts
     missing = sorted({*wanted} - {*there})
     unused = sorted({*there} - {*wanted})
     paths = [there.get(name, folder / name) for name in wanted]
     return GivenMasks(row, paths, indexed, cache, samples), missing, unused
+
+
+def share_missing(wanted: list[str], there: Collection[str]) -> float:
+    """The share of the names that are not there; each counts once."""
+    return len({*wanted} - {*there}) / len({*wanted})
 
 
 def read_binary(path: Path) -> np.ndarray:
