@@ -15,6 +15,7 @@ from common.metrics import summarise
 from common.results import own_images
 from common.results.given_masks import open_all, split
 from common.results.outputs import Drawing, Report
+from common.results.paper import paper_row
 from common.runtime.errors import UserError
 from common.tasks import DEMO_CLASSES
 from tests.conftest import load_script, run
@@ -288,6 +289,22 @@ def test_a_stopped_call_scores_only_the_rows_again_whose_masks_have_changed(tmp_
     assert report.take_over_finished_rows("04") == ["two"]
     report.add("two", masks["two"].score([0, 1], NO_PICTURES))
     assert report.finished["two"]["metrics"]["mIoU"] == 0.5
+
+
+def test_the_papers_figure_of_that_name_stands_beside_the_row(tmp_path, capsys):
+    cache, samples = small()
+    for number in range(2):
+        save(tmp_path / f"{number}.png", half())
+    metrics = scored(tmp_path, cache, samples)
+    content = {"task": "sbu", "samples": 2, "images": 2, "sam": "vit_h", "clip": "a/b",
+               "rounds": 15, "rows": {"SEEM": metrics, "Mine": metrics},
+               "foreground_rate_attainable": 0.5, "trained": {"rounds": 15}}
+    report = SimpleNamespace(drawing=NO_PICTURES)
+    Report.print_tables(report, content, paper_row("sbu"))
+    said = capsys.readouterr().out
+    assert "| SEEM | 100.00 | 19.52 | 100.00 | 0.00 | 48.01 |" in said
+    assert "| Mine | 100.00 | – | 100.00 | 0.00 | – |" in said
+    assert "SEEM (paper only)" not in said and "| Painter (paper only) |" in said
 
 
 # ---- stage 4
