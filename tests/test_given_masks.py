@@ -159,7 +159,7 @@ def test_other_files_are_not_used_and_that_is_said(tmp_path, capsys):
     for name in ("0.png", "1.png", "7.png", "notes.txt", "overlays/0.png"):
         save(tmp_path / name, half(), format="PNG")
     assert scored(tmp_path, *small())["mIoU"] == 1
-    assert "; 2 other files there are not used (7.png, notes.txt)\n" in capsys.readouterr().out
+    assert "; other files, not used: 2 (7.png, notes.txt)\n" in capsys.readouterr().out
 
 
 def test_a_name_is_found_whichever_form_of_unicode_it_has(tmp_path):
@@ -190,7 +190,7 @@ def test_masks_of_several_texts_are_named_as_stage_4_names_those_of_images(tmp_p
         "star": 1, "ring": 1, "ball": 0.5}
     assert metrics["mIoU"] == pytest.approx(2.5 / 3)
     said = capsys.readouterr().out
-    assert "rival: 5 masks" in said and "9 other files there are not used" in said
+    assert "rival: 5 masks" in said and "; other files, not used: 9 (" in said
 
 
 @pytest.mark.parametrize("made", [palette_mask, np.asarray])

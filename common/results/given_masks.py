@@ -96,7 +96,7 @@ def open_all(given: str, own_rows: Collection[str], cache: Cache,
         if resized:
             said += f", {resized} of them resized to their images (nearest pixel)"
         if unused:
-            said += f"; {len(unused)} other files there are not used ({some(unused)})"
+            said += f"; other files, not used: {len(unused)} ({some(unused)})"
         print(said)
     if len(faults) > 10:
         faults[10:] = [f"and {len(faults) - 10} more"]
