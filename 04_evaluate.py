@@ -2,6 +2,7 @@
 
     python 04_evaluate.py [NAME=value ...]           NAME is any constant below; `help` lists them
     python 04_evaluate.py IMAGES=some_folder         masks for images of your own, without a truth
+    python 04_evaluate.py MASKS=U-Net:some_folder    another system's masks of the test set as a row
     torchrun --nproc_per_node=4 04_evaluate.py ...   four processes share the test set
 
 There is no ground truth at the start: P_0 is a foreground point where the SRM's probability is
@@ -23,8 +24,8 @@ from common.baselines import Baselines, label_points, oracle_clicks
 from common.cache import Cache, Truth
 from common.episode import Episode
 from common.frozen.sam import full_masks
-from common.metrics import Score, summarise
-from common.results import own_images
+from common.metrics import Score
+from common.results import given_masks, own_images
 from common.results.outputs import Drawing, Report, check_results_name
 from common.runtime import distributed, files, script, settings
 from common.runtime.batches import in_batches
@@ -33,7 +34,8 @@ from common.runtime.run import Trained, open_run
 
 # what is evaluated
 TASK = "demo_saliency"  # as in stages 1 to 3
-ROWS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")  # others are in _ROWS; all = every row
+ROWS = ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI")  # others are in _ROWS; all; none with MASKS
+MASKS = ""  # row:folder,row:folder of other systems' masks, so that they are scored as ours are
 ROUNDS = 15  # T
 SAMPLE_ACTIONS = False  # draw the patch from the policy; false takes the most probable one
 SEED = 0  # of the random patches (w/o RL), and of SAMPLE_ACTIONS
@@ -89,9 +91,7 @@ def prompt(row: str, episode: Episode, actor: Actor, srm: nn.Module, numbers: Se
     episode.start_without_truth(srm)  # P_0, M_0
     logits, actions = [episode.logits], []
     for noise in torch.stack(noises, 1).to(episode.centres.device):
-        preference = torch.zeros_like(noise)
-        if place == "agent":
-            preference = actor(episode.action_state())
+        preference = actor(episode.action_state()) if place == "agent" else torch.zeros_like(noise)
         if place == "random" or SAMPLE_ACTIONS:  # the highest of logits + Gumbel noise is a draw
             preference = preference + noise
         action = policy(preference, episode.allowed).logits.argmax(1)  # a_t
@@ -140,9 +140,9 @@ def evaluate(row: str, segment_batch: Callable, numbers: Sequence[int],
 def main() -> None:
     settings.positive(globals(), "ROUNDS", "BATCH_SIZE")
     settings.not_negative(globals(), "SEED", "PICTURES", "GALLERY")
-    rows = settings.choose("ROWS", ROWS, _ROWS)
+    rows = [] if MASKS and ROWS == ("none",) else settings.choose("ROWS", ROWS, _ROWS)
     check_results_name(RESULTS)
-    own_images.check(IMAGES, CLASSES)
+    own_images.check(IMAGES, CLASSES, MASKS)
     run = open_run(globals())
     trained = run.load_agent(globals())  # and the SRM that stage 3 ended with
     files.lock(run.folder)
@@ -158,21 +158,21 @@ def main() -> None:
 
     # the test samples, and what rows without rounds learn from the training samples
     test_set, shots = run.cache.samples("test"), trained.made_with["shots"]
+    masks, records = given_masks.open_all(MASKS, _ROWS, run.cache, test_set)
     baselines = Baselines.prepare(rows, run.cache, shots, trained.prompter, run.device)
     segment_batch = partial(segment, test_set=test_set, cache=run.cache, trained=trained,
                             baselines=baselines)
     drawing = Drawing(run.cache, test_set, PICTURES, GALLERY)
+    rows = [*rows, *masks]
     report = Report(run.folder, RESULTS, run.cache, trained.content, rows, drawing, made_with | {
-        "batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY})
+        "batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY}, records)
 
     # the rows that a stopped call has not finished; whole batches are dealt to all processes
-    report.take_over_finished_rows(script.command("04_evaluate.py", globals()))
+    left = report.take_over_finished_rows(script.command("04_evaluate.py", globals()))
     mine = distributed.share_batches(range(len(test_set)), BATCH_SIZE)
-    for row in rows:
-        if row not in report.finished:
-            scores = distributed.gather(evaluate(row, segment_batch, mine, drawing))  # on rank 0
-            if scores:
-                report.add(row, summarise(scores, drawing.classes, ROUNDS))
+    for row in left:
+        score = masks[row].score if row in masks else partial(evaluate, row, segment_batch)
+        report.add(row, distributed.gather(score(mine, drawing)))
     report.write(baselines.threshold)
 
 

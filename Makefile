@@ -2,6 +2,7 @@ PYTHON ?= python3
 TASK ?= demo_saliency
 STAGE1 ?=
 PROMPT ?=
+MASKS ?=
 TASKS ?= demo_blur demo_shadow demo_mirror demo_saliency demo_semantic
 SEEDS ?= 0
 FIGURE7 ?= 0
@@ -12,8 +13,8 @@ RUN = .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test row tables seeds bench faults standin help
-# PROMPT=text as one word for the shell, whatever it holds
-QUOTED = $(if $(PROMPT),'PROMPT=$(subst ','\'',$(PROMPT))')
+# NAME=text as one word for the shell, whatever it holds; nothing where it is empty
+quoted = $(if $($1),'$1=$(subst ','\'',$($1))')
 
 demo: .venv/installed  ## install, run all four stages on the embedded default, print its table
 	$(RUN) 01_cache_features.py
@@ -22,13 +23,13 @@ demo: .venv/installed  ## install, run all four stages on the embedded default, 
 	$(RUN) 04_evaluate.py
 
 row: .venv/installed  ## the four stages for one task: make row TASK=duts STAGE1="SAM=vit_h CLIP=ViT-B-16-quickgelu/openai" [PROMPT="a text"]
-	$(RUN) 01_cache_features.py TASK=$(TASK) DEVICE=$(DEVICE) $(QUOTED) $(STAGE1)
+	$(RUN) 01_cache_features.py TASK=$(TASK) DEVICE=$(DEVICE) $(call quoted,PROMPT) $(STAGE1)
 	$(RUN) 02_train_srm.py TASK=$(TASK) DEVICE=$(DEVICE)
 	$(RUN) 03_train_agent.py TASK=$(TASK) DEVICE=$(DEVICE)
 	$(RUN) 04_evaluate.py TASK=$(TASK) DEVICE=$(DEVICE)
 
-tables: .venv/installed  ## every table of the paper for one task: make tables TASK=demo_shadow SEEDS=0,1,2 FIGURE7=1
-	$(RUN) -m common.results.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7) DEVICE=$(DEVICE)
+tables: .venv/installed  ## every table of the paper for one task: make tables TASK=demo_shadow SEEDS=0,1,2 FIGURE7=1 [MASKS=SEEM:folder]
+	$(RUN) -m common.results.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7) DEVICE=$(DEVICE) $(call quoted,MASKS)
 
 seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, three training seeds each
 	for task in $(TASKS); do \

@@ -1,5 +1,6 @@
 """Masks on disk, and the label maps that are read from them. What is not plain is refused."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ def read_mask(sample: Sample, task: Task, image_size: tuple[int, int]) -> tuple[
         bits = stored_bits(picture)  # first, as a PNG forgets them when its EXIF data are read
         has_own_turn = orientation_of(picture) != 1
         if task.dataset == "voc":
-            label_map, how = _voc_label_map(picture, bits, sample, task), "palette indices"
+            label_map, how = palette_indices(picture, bits, sample.mask, task), "palette indices"
         else:
             label_map, how = binary_mask(picture, bits, sample.mask, task)
     if not task.white_is_foreground:
@@ -100,21 +101,25 @@ def untrainable(label_map: np.ndarray) -> str | None:
     return None
 
 
-def _voc_label_map(picture: Image.Image, bits: int, sample: Sample, task: Task) -> np.ndarray:
-    """The label map of a mask of palette indices; raises UserError if one is not a class."""
+def palette_indices(picture: Image.Image, bits: int, path: Path, task: Task) -> np.ndarray:
+    """The label map, uint8 (H, W), of the mask of palette indices in `path`.
+
+    bits: `stored_bits(picture)`, taken before anything else was asked of the picture.
+    Raises UserError, naming the mask, if it holds none or one that is not a class of the task.
+    """
     if picture.mode not in ("P", "L"):
-        raise UserError(f"{sample.mask} holds {picture.mode} pixels and no palette indices: take "
-                        "SegmentationClass as it is in VOC 2012's own archive, or save each class "
-                        "as its number in a PNG of 8 bits")
+        raise UserError(f"{path} holds {picture.mode} pixels and no palette indices: save each "
+                        "class as its number in a PNG of 8 bits, as VOC 2012's own archive has "
+                        "them in SegmentationClass")
     if picture.format != "PNG":
-        raise UserError(f"{sample.mask} is a {picture.format} inside, which may change the class "
+        raise UserError(f"{path} is a {picture.format} inside, which may change the class "
                         "numbers: save it as a PNG of palette indices")
-    refuse_few_bits(picture, bits, sample.mask)
+    refuse_few_bits(picture, bits, path)
     # the indices of a palette picture; convert() would give colours
     label_map = np.array(ImageOps.exif_transpose(picture))
     wrong = np.setdiff1d(label_map, [*range(len(task.texts) + 1), IGNORE])
     if len(wrong):
-        raise UserError(f"{sample.mask} holds the index {wrong[0]}, but {task.title} has the "
+        raise UserError(f"{path} holds the index {wrong[0]}, but {task.title} has the "
                         f"classes 1 to {len(task.texts)}, 0 for the background and {IGNORE} to "
                         "ignore")
     return label_map

@@ -179,7 +179,7 @@ def test_an_index_beyond_the_classes_is_named_with_its_file(tmp_path):
 
 
 @pytest.mark.parametrize("mask, file_format, said", [
-    (picture(), "PNG", "holds RGB pixels and no palette indices: take SegmentationClass as it is"),
+    (picture(), "PNG", "holds RGB pixels and no palette indices: save each class as its number"),
     (half(top=3), "JPEG", "is a JPEG inside"),
 ])
 def test_a_voc_mask_whose_class_numbers_are_lost_is_named(tmp_path, mask, file_format, said):

@@ -37,3 +37,11 @@ def test_row_without_a_prompt_gives_stage_1_none():
     [stage_1] = [shlex.split(line) for line in lines if "01_cache_features.py" in line]
     assert stage_1[1:] == ["01_cache_features.py", "TASK=duts", "DEVICE=auto", "SAM=vit_h",
                            "CLIP=ViT-B-16/openai"]
+
+
+def test_tables_are_handed_masks_as_one_word():
+    given = "U-Net:my masks/{seed},it's:b"
+    *_, line = make("--dry-run", "tables", f"MASKS={given}")
+    assert f"MASKS={given}" in shlex.split(line)
+    *_, line = make("--dry-run", "tables")
+    assert "MASKS" not in line

@@ -29,7 +29,9 @@ def typed(text: str) -> object:
 
 def results_of(given: dict[str, str], trained: dict, score: float) -> dict:
     """What stage 4 writes, called with the constants `given`; VOC has two classes."""
-    rows = ROWS if given["ROWS"] == "all" else given["ROWS"].split(",")
+    masks = dict(item.split(":") for item in given.get("MASKS", "").split(",") if item)
+    rows = {"all": ROWS, "none": []}.get(given["ROWS"], given["ROWS"].split(","))
+    rows = [*rows, *masks]
     rounds = int(given.get("ROUNDS", 15))
     after_rounds = [score + 0.01 * number for number in range(rounds + 1)]
     row = {"mIoU": score, "F": score, "BER": score, "E": score, "MAE": score, "FR": score,
@@ -43,7 +45,9 @@ def results_of(given: dict[str, str], trained: dict, score: float) -> dict:
             "samples": 240, "foreground_rate_attainable": 0.4, "trained": trained,
             "rounds": rounds, "evaluation_seed": int(given["SEED"]), "sample_actions": False,
             "rows": dict.fromkeys(rows, row), "iou_per_round": dict.fromkeys(rows, after_rounds),
-            "iou_per_round_per_class": per_round}
+            "iou_per_round_per_class": per_round,
+            **({"given_masks": {row: {"folder": folder} for row, folder in masks.items()}}
+               if masks else {})}
 
 
 def class_scores(mean: float, pooled: float) -> dict:
@@ -158,6 +162,64 @@ def write_table(monkeypatch, task: str) -> None:
     Path("runs", task).mkdir(parents=True)
     Path("runs", task, "features.h5").touch()
     tables.main()
+
+
+def test_rows_of_given_masks_stand_beside_the_papers_figures(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "MASKS", "SEEM:seem,U-Net:unet")
+    write_table(monkeypatch, "sbu")
+    text = Path("runs/sbu/tables.md").read_text()
+    assert re.search(r"\| SEEM \| 40.00 \| 19.52 \| .* \| 43.00 \| 19.52 \|", text)
+    assert "| U-Net | 40.00 | – | " in text
+    assert "| SEEM (paper only)" not in text and "| Painter (paper only)" in text
+    written = tables_of("sbu")
+    assert list(written["Tables 2 and 3: the method and its ablations"]) == [
+        "AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", "SEEM", "U-Net"]
+    assert list(written["Baselines and bounds"])[-2:] == ["SEEM", "U-Net"]
+
+
+def test_rows_of_given_masks_have_their_classes_in_table_3(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "MASKS", "MSA:msa")
+    write_table(monkeypatch, "voc")
+    text = Path("runs/voc/tables.md").read_text()
+    assert "| MSA | 40.00 | 41.05 | 60.00 | 56.47 |" in text  # car and sheep
+    written = tables_of("voc")
+    pooled_title = "Table 3: IoU per class, pooled over the images that hold the class"
+    assert written["Table 3: IoU per class"]["MSA"]["sheep"][0] == pytest.approx(0.6)
+    assert written[pooled_title]["MSA"]["sheep"][0] == pytest.approx(0.45)
+
+
+def test_given_masks_are_scored_alone_and_anew_in_each_call_with_each_seeds_folder(
+        scripts, monkeypatch):
+    monkeypatch.setattr(tables, "SEEDS", (0, 1))
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("shots",))
+    tables.main()
+    first = len(scripts)
+    monkeypatch.setattr(tables, "MASKS", "SEEM:seem,U-Net:unet{seed}")
+    for _ in range(2):
+        tables.main()
+        again = [given for stage, given in scripts[first:] if stage != "01"]
+        first = len(scripts)
+        assert [(given["MASKS"], given["ROWS"], given["RESULTS"]) for given in again] == [
+            (f"SEEM:seem,U-Net:unet{seed}", "none", "given_masks.json") for seed in (0, 1)]
+    table = tables_of("demo_saliency")["Table 10: labelled images, mIoU"]
+    assert table["U-Net"] == {"all": [pytest.approx(0.45), pytest.approx(0.0707, abs=1e-4)]}
+    assert set(table["PerSAM"]) == {"5", "20", "all"}
+
+
+def test_rows_that_stage_4_has_scored_by_hand_are_shown_if_every_seed_has_them(
+        scripts, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "SEEDS", (0, 1))
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
+    tables.main()
+    for seed, masks in ((0, "SEEM:seem,U-Net:unet"), (1, "SEEM:seem")):
+        path = Path(f"runs/demo_saliency-seed{seed}/results.json")
+        trained = json.loads(path.read_text())["trained"]
+        given = {"TASK": "demo_saliency", "SEED": str(seed), "ROWS": "all", "MASKS": masks}
+        path.write_text(json.dumps(results_of(given, trained, 0.4)))
+    tables.main()
+    compared = tables_of("demo_saliency")["Tables 2 and 3: the method and its ablations"]
+    assert "SEEM" in compared and "U-Net" not in compared
+    assert "in no table, as not all seeds have them: U-Net\n" in capsys.readouterr().out
 
 
 def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
@@ -313,6 +375,8 @@ def pooled(content: dict) -> dict:
     (lambda content: pooled(content).update(BER=float("inf")), "a figure is not finite"),
     (lambda content: pooled(content).pop("IoU"), "KeyError"),
     (lambda content: content.update(rows=[]), "rows is no dict"),
+    (lambda content: content.update(given_masks=5), "given_masks is no dict"),
+    (lambda content: content["rows"].pop("AlignSAM"), "lacks the row AlignSAM"),
     (lambda content: content.update(iou_per_round={}), "KeyError"),
     (lambda content: content["iou_per_round"]["AlignSAM"].pop(),
      "rounds are not as many as it says"),

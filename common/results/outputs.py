@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from common.cache import Cache
-from common.metrics import Score
+from common.metrics import Score, summarise
 from common.results.paper import POOLED_NOTE, beside_pooled, paper_row, results_table, stand_ins
 from common.results.pictures import save_strips, strip
 from common.results.report import gallery_item, write_report
@@ -86,7 +86,8 @@ class Report:
     """The rows as they are finished, and all that is written of them.
 
     trained: content of agent.pt. made_with: settings. If they have changed, finished rows of a
-    stopped call are computed again.
+    stopped call are computed again. given: {row: the record of its masks} of the rows that are
+    scored from given masks; if it has changed, that row is computed again.
     """
 
     folder: Path
@@ -96,6 +97,7 @@ class Report:
     rows: list[str]
     drawing: Drawing
     made_with: dict
+    given: dict[str, dict] = field(default_factory=dict)
     finished: dict[str, dict] = field(default_factory=dict)
 
     @property
@@ -117,20 +119,29 @@ class Report:
         pictures = (self.path(kind) for kind, is_written in written.items() if is_written)
         require_ours(self.folder / self.name, *pictures)
 
-    def take_over_finished_rows(self, command: str) -> None:
+    def take_over_finished_rows(self, command: str) -> list[str]:
         """Takes over the rows that a stopped call has finished, if its settings were the same.
 
         command: how stage 4 is called, for the message where the file is damaged.
+        Returns the rows that are left.
         """
         if self.part.exists():
             saved = checkpoint.load(self.part, command, rows=dict)
             whole = all("pooled" in row["metrics"] for row in saved["rows"].values())
             if saved["settings"] == self.made_with and whole:  # earlier versions pooled nothing
-                self.finished = saved["rows"]
+                self.finished = {row: kept for row, kept in saved["rows"].items()
+                                 if kept.get("given") == self.given.get(row)}
+        return [row for row in self.rows if row not in self.finished]
 
-    def add(self, row: str, summary: dict) -> None:
-        """Keeps a finished row, `metrics.summarise`'s answer, on disk."""
-        self.finished[row] = summary
+    def add(self, row: str, scores: list[Score]) -> None:
+        """Keeps a finished row on disk. scores: of all test samples, in their order; rank 0 alone.
+
+        The other ranks have none, and keep nothing.
+        """
+        if not scores:
+            return
+        summary = summarise(scores, self.drawing.classes, self.made_with["evaluation_rounds"])
+        self.finished[row] = summary | {"given": self.given.get(row)}
         checkpoint.save(self.part, {"settings": self.made_with, "finished": False,
                                     "rows": self.finished})
 
@@ -167,6 +178,8 @@ class Report:
             "foreground_rate_attainable": (centres / rounds).mean().item()}
         if threshold is not None:
             content["clip_surgery_threshold"] = threshold
+        if self.given:
+            content["given_masks"] = self.given
         content["rows"] = self._of_rows("metrics")
         content["iou_per_round"] = self._of_rows("iou_per_round")
         if self.drawing.classes:

@@ -128,10 +128,13 @@ def concerns_one_image(error: Exception) -> bool:
 
 # ---- what is asked for
 
-def check(images: str, classes: tuple[str, ...]) -> None:
-    """Raises UserError where IMAGES and CLASSES, or IMAGES and torchrun, do not go together."""
+def check(images: str, classes: tuple[str, ...], masks: str) -> None:
+    """Raises UserError where IMAGES does not go with CLASSES, MASKS, or torchrun."""
     if images:
         script.require_one_process("IMAGES")
+        if masks:
+            raise UserError("MASKS are masks of the test set, and IMAGES have no truth to score "
+                            "them by: leave one of the two out")
     elif classes != ("all",):
         raise UserError("CLASSES belongs to IMAGES: set IMAGES to a folder, or leave CLASSES out")
 

@@ -40,6 +40,7 @@ TASK = "demo_saliency"
 SEEDS = (0,)  # of training; three give the spread that the README states
 EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main is run in any case
 FIGURE7 = False  # also the sensitivity to T and E: six more trainings a seed
+MASKS = ""  # rows of other systems' masks, as in stage 4; {seed} in a folder's name is the seed
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
 _KNOWN = EXPERIMENTS  # as it stands here, before the command line
@@ -91,6 +92,7 @@ def experiments(branch: str, shots: int) -> dict[str, dict[str, Experiment]]:
     shots: training samples in the cache.
     """
     other, one_row = _OTHER[branch], {"ROWS": ("AlignSAM",), **_QUICK}
+    masks_alone = {"ROWS": ("none",), "MASKS": MASKS, **_QUICK}
     twenty_rounds = {"ROWS": ("AlignSAM", "w/o RL", "w/o SRM"), "ROUNDS": 20, **_QUICK}
     few_shots, rounds, episodes = {}, {}, {}
     for few in _SHOTS:
@@ -106,6 +108,7 @@ def experiments(branch: str, shots: int) -> dict[str, dict[str, Experiment]]:
                                            agent={"EPISODES": number}, srm=None)
     return {
         "main": {"": Experiment("", {"ROWS": ("all",)})},
+        "masks": {"": Experiment("", masks_alone, None, None, "given_masks.json")},
         "plus": {"": Experiment("-plus", {"ROWS": _ABLATIONS, **_QUICK}, srm=_PLUS)},
         "branches": {other: Experiment(f"-{other}", one_row, srm={"BRANCH": other})},
         "iterations": {"": Experiment("", twenty_rounds, None, None, "T20.json")},
@@ -141,8 +144,8 @@ def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
     """
     main = Path("runs") / f"{task}-seed{seed}"
     folder = main.with_name(main.name + experiment.suffix)
-    path = folder / experiment.results
-    if not path.exists():
+    path, masks = folder / experiment.results, experiment.evaluation.get("MASKS")
+    if masks or not path.exists():  # given masks may have changed since
         same = {"TASK": task, "RUN_DIR": folder, "FEATURES": f"runs/{task}/features.h5",
                 "DEVICE": DEVICE, "SEED": seed}
         print(f"\n{folder}", flush=True)
@@ -154,11 +157,27 @@ def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
         if experiment.agent is not None:
             run_script("03_train_agent.py", *arguments(same | experiment.agent))
         evaluation = {"RESULTS": experiment.results, **experiment.evaluation}
+        if masks:
+            evaluation["MASKS"] = masks.replace("{seed}", str(seed))
         run_script("04_evaluate.py", *arguments(same | evaluation))
     rows = experiment.evaluation["ROWS"]
-    content = read_results(path, task, _NAMED if rows == ("all",) else rows)
+    content = read_results(path, task, {("all",): _NAMED, ("none",): ()}.get(rows, rows))
     require_asked(path, content, experiment, seed, identity, like or content)
     return content
+
+
+def add_given(base: list[dict], given: list[dict]) -> None:
+    """Puts the rows of `given`, results of given masks alone, into `base`, the main results.
+
+    Both are one a seed. Rows of `base` that are not there for every seed, since stage 4 was called
+    by hand with MASKS, are named on stdout: the tables leave them out.
+    """
+    for run, its in zip(base, given):
+        for part in ("rows", "iou_per_round", "given_masks"):
+            run[part] = run.get(part, {}) | its[part]
+    partly = {row for run in base for row in run["rows"]} - {*rows_of_all(base)}
+    if partly:
+        print(f"in no table, as not all seeds have them: {', '.join(sorted(partly))}")
 
 
 def arguments(constants: dict[str, object]) -> list[str]:
@@ -255,10 +274,14 @@ def check_figures(content: dict) -> None:
         for its in scores.get("per_class", {}).values():
             figures += [its["mIoU"], its["pooled"]["IoU"]]
         figures += content["iou_per_round"][row]
-    after_rounds = [content["iou_per_round"]["AlignSAM"]]
-    for label in content["rows"]["AlignSAM"].get("per_class", ()):
-        after_rounds.append(content["iou_per_round_per_class"]["AlignSAM"][label])
-        figures += after_rounds[-1]
+    after_rounds = []
+    if "AlignSAM" in content["rows"]:
+        after_rounds.append(content["iou_per_round"]["AlignSAM"])
+        for label in content["rows"]["AlignSAM"].get("per_class", ()):
+            after_rounds.append(content["iou_per_round_per_class"]["AlignSAM"][label])
+            figures += after_rounds[-1]
+    if not isinstance(content.get("given_masks", {}), dict):
+        raise ValueError("given_masks is no dict")
     if not all(map(math.isfinite, figures)):
         raise ValueError("a figure is not finite")
     if any(len(values) != content["rounds"] + 1 for values in after_rounds):
@@ -272,12 +295,22 @@ def spread(values: list[float]) -> Figure:
 
 
 def over_seeds(runs: list[dict]) -> dict[str, dict[str, Figure]]:
-    """{row: {metric: figure}}, with pooled metrics as columns of their own."""
+    """{row: {metric: figure}} of rows of all seeds, with pooled metrics as columns of their own."""
     table = {}
-    for row in runs[0]["rows"]:
+    for row in rows_of_all(runs):
         scores = [flat(run["rows"][row]) for run in runs]
         table[row] = {name: spread([score[name] for score in scores]) for name in scores[0]}
     return table
+
+
+def rows_of_all(runs: list[dict]) -> list[str]:
+    """The rows that the results of every seed hold, in their order."""
+    return [row for row in runs[0]["rows"] if all(row in run["rows"] for run in runs)]
+
+
+def given_rows(runs: list[dict]) -> list[str]:
+    """Those of `rows_of_all` that were scored from given masks."""
+    return [row for row in rows_of_all(runs) if row in runs[0].get("given_masks", {})]
 
 
 def class_ious(runs: list[dict], row: str, labels: list[str]) -> dict[str, Figure]:
@@ -299,7 +332,7 @@ def pooled_class_ious(runs: list[dict], row: str) -> dict[str, Figure]:
 def rounds_of(runs: list[dict]) -> dict[str, list[Figure]]:
     """{row: mIoU after each round, M_0 first}."""
     lines = {}
-    for row in runs[0]["rows"]:
+    for row in rows_of_all(runs):
         after_rounds = zip(*(run["iou_per_round"][row] for run in runs))
         lines[row] = [spread(list(values)) for values in after_rounds]
     return lines
@@ -328,13 +361,14 @@ def main_tables(base: list[dict]) -> dict[str, Table]:
     labels = list(base[0]["rows"]["AlignSAM"].get("per_class", ()))
     baselines = {row: scores for row, scores in rows.items()
                  if row == "AlignSAM" or row not in _ABLATIONS}
+    compared = (*_ABLATIONS, *given_rows(base))
     tables = {"Tables 2 and 3: the method and its ablations": Table(
-        {row: rows[row] for row in _ABLATIONS}, "rows", POOLED_NOTE)}
+        {row: rows[row] for row in compared}, "rows", POOLED_NOTE)}
     if labels:
         tables["Table 3: IoU per class"] = Table(
-            {row: class_ious(base, row, labels) for row in _ABLATIONS}, "classes")
+            {row: class_ious(base, row, labels) for row in compared}, "classes")
         tables["Table 3: IoU per class, pooled over the images that hold the class"] = Table(
-            {row: pooled_class_ious(base, row) for row in _ABLATIONS}, "classes", POOLED_NOTE)
+            {row: pooled_class_ious(base, row) for row in compared}, "classes", POOLED_NOTE)
     tables["Baselines and bounds"] = Table(baselines, note=POOLED_NOTE)
 
     sources, printed = {}, [label for label in labels if label in CLASSES]
@@ -374,7 +408,7 @@ def experiment_tables(runs: Runs, branch: str) -> dict[str, Table]:
                 at_rounds(rounds_of_classes(results), (1, 5, 10, 15, 20)), "iterations")
     if "shots" in runs:
         tables["Table 10: labelled images, mIoU"] = Table(
-            by_column(runs, "shots", "all", ("AlignSAM", "PerSAM")), "shots")
+            by_column(runs, "shots", "all", ("AlignSAM", "PerSAM", *given_rows(base))), "shots")
     for name in ("rounds", "episodes"):
         if name in runs:
             tables[f"Figure 7: {name}, mIoU"] = Table(by_column(runs, name, str(trained[name])))
@@ -392,13 +426,14 @@ def by_column(runs: Runs, experiment: str, standard: str,
               rows: tuple[str, ...] = ("AlignSAM",)) -> dict[str, dict[str, Figure]]:
     """{row: {column: mIoU}} of an experiment and of the main runs, which are column `standard`.
 
-    Columns that are numbers come in their order, before others.
+    Columns that are numbers come in their order, before others. A row may lack some of them.
     """
     columns = {standard: over_seeds(runs["main"][""])}
     for column, results in runs[experiment].items():
         columns[column] = over_seeds(results)
     order = sorted(columns, key=lambda column: int(column) if column.isdigit() else math.inf)
-    return {row: {column: columns[column][row]["mIoU"] for column in order} for row in rows}
+    return {row: {column: columns[column][row]["mIoU"] for column in order
+                  if row in columns[column]} for row in rows}
 
 
 # ---- files
@@ -460,6 +495,8 @@ def main() -> None:
     wanted = {"main", *settings.choose("EXPERIMENTS", EXPERIMENTS, _KNOWN)}
     if FIGURE7:
         wanted |= {"rounds", "episodes"}
+    if MASKS:
+        wanted.add("masks")
     task, out = get_task(TASK, "-"), Path("runs") / TASK
     if TASK.startswith("demo_"):  # ends at once where the cache is whole
         run_script("01_cache_features.py", *arguments({"TASK": TASK, "DEVICE": DEVICE}))
@@ -471,6 +508,7 @@ def main() -> None:
     files.require_ours(*(out / name for name in ("tables.md", "tables.json", *plots)))
     identity, shots, texts = look_into_cache(TASK)
     runs = run_experiments(wanted, task.branch, identity, shots)
+    add_given(runs["main"][""], runs.get("masks", {}).get("", []))
     tables = paper_tables(runs, task.branch)
     first = runs["main"][""][0]
     own_models = stand_ins(first["sam"], first["clip"])
