@@ -47,6 +47,10 @@ class SamEmbedder:
 
         images: uint8 (B, s, s, 3) from `squash`, s = SAM's input size.
         """
+        return self.forward(images)
+
+    def forward(self, images: np.ndarray) -> torch.Tensor:
+        """`embed` with gradients, for those who train something in the encoder."""
         encoder = self.sam.image_encoder
         pixels = torch.as_tensor(images, device=self.sam.device).permute(0, 3, 1, 2)
         with torch.autocast(self.sam.device.type, torch.bfloat16, enabled=self.bf16):
