@@ -89,7 +89,7 @@ def one_token_each(decoder: MaskDecoder, masks: int) -> None:
 
 def low_resolution(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A label map uint8 (H, W) at the size of the logits, each place the nearest label."""
-    return np.asarray(Image.fromarray(label_map).resize(size[::-1], Image.Resampling.NEAREST))
+    return np.array(Image.fromarray(label_map).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def turned(square: np.ndarray, view: int) -> np.ndarray:

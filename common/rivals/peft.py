@@ -209,6 +209,8 @@ def check_constants() -> None:
     settings.positive(globals(), "STEPS", "BATCH_SIZE", "LEARNING_RATE", "SAVE_EVERY", "LOG_EVERY",
                       "WARM_UP")
     settings.not_negative(globals(), "SEED", "SHOTS", "WEIGHT_DECAY")
+    if WARM_UP > STEPS:
+        raise UserError(f"WARM_UP={WARM_UP} is more than STEPS={STEPS}: set it lower")
 
 
 def main() -> None:
