@@ -151,7 +151,7 @@ def test_a_convolutions_update_has_low_rank():
 @pytest.mark.parametrize("name", ["demo", "tiny"])
 def test_merged_lora_equals_unmerged(name, tiny):
     sam = demo() if name == "demo" else copy.deepcopy(tiny)
-    names = [key for key, _ in sam.image_encoder.named_parameters()]
+    names = set(sam.image_encoder.state_dict())
     model = FineTuned(sam, "SAMed", texts=1)
     stir(model)
     picture = picture_for(sam)
@@ -159,7 +159,7 @@ def test_merged_lora_equals_unmerged(name, tiny):
         unmerged = model.logits(picture)
         lora.merge(sam)
         assert torch.equal(model.logits(picture), unmerged)
-    assert [key for key, _ in sam.image_encoder.named_parameters()] == names
+    assert set(sam.image_encoder.state_dict()) == names
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -228,14 +228,14 @@ def test_two_pictures_are_learned_by_heart(method, rate):
     truths = [scene.label_map("saliency") for scene in scenes]
     grid = tuple(4 * cells for cells in sam.prompt_encoder.image_embedding_size)
     targets = [torch.from_numpy(low_resolution(truth, grid)) for truth in truths]
-    for _ in range(40):
+    for _ in range(20):
         total = sum(loss(model.logits(*pair[:1]), pair[1]) for pair in zip(pictures, targets))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
     for picture, truth in zip(pictures, truths):
         labels = model.segment(picture, truth.shape)
-        assert (labels & truth).sum() / (labels | truth).sum() > 0.85
+        assert (labels & truth).sum() / (labels | truth).sum() > 0.8
 
 
 def test_a_mask_is_that_of_full_masks():
@@ -264,8 +264,8 @@ def train_in(place, monkeypatch):
     """A function that runs the program in this process, with constants; returns the run folder."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(files, "lock", lambda folder: None)  # this process locks it for each call
-    few = {"TASK": "folder", "DATA_DIR": "data", "DEVICE": "cpu", "STEPS": 4, "WARM_UP": 2,
-           "BATCH_SIZE": 2, "SAVE_EVERY": 2, "LOG_EVERY": 2,
+    few = {"TASK": "folder", "DATA_DIR": "data", "DEVICE": "cpu", "STEPS": 2, "WARM_UP": 1,
+           "BATCH_SIZE": 2, "SAVE_EVERY": 1, "LOG_EVERY": 1,
            "FEATURES": str(place / "runs/folder/features.h5")}
 
     def train(folder: str, **constants) -> Path:
@@ -322,7 +322,7 @@ def test_masks_are_written_under_the_names_and_in_the_sizes_of_the_images(
             assert mask.mode == "L" and set(np.unique(np.asarray(mask))) <= {0, 255}
             assert np.asarray(mask).shape == load_image(image).shape[:2]
     log = (folder / f"{method.lower()}_log.csv").read_text().splitlines()
-    assert log[0] == "step,loss,learning_rate" and [row[0] for row in log[1:]] == ["2", "4"]
+    assert log[0] == "step,loss,learning_rate" and [row[0] for row in log[1:]] == ["1", "2"]
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"next: python 04_evaluate.py TASK=folder RUN_DIR={folder} FEATURES={peft.FEATURES} "
         f"MASKS={method}:{masks}")
@@ -342,18 +342,18 @@ def test_killed_and_started_again_it_ends_with_the_same_weights_and_masks(
         method, train_in, monkeypatch):
     straight = train_in(f"straight-{method}", METHOD=method)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        break_in(patch, "loss", 5)  # in the third of four steps
+        break_in(patch, "loss", 3)  # in the second of two steps
         train_in(f"killed-{method}", METHOD=method)
     killed = Path(f"killed-{method}")
-    assert state_of(killed, method.lower())["step"] == 2 and not masks_of(killed)
+    assert state_of(killed, method.lower())["step"] == 1 and not masks_of(killed)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         break_in(patch, "save_picture", 2)
         train_in(f"killed-{method}", METHOD=method)
     assert len(masks_of(killed)) == 2
     with monkeypatch.context() as patch:
-        made = break_in(patch, "save_picture", 4)  # the other four of six
+        break_in(patch, "save_picture", 4)  # the other four of six
         train_in(f"killed-{method}", METHOD=method)
-    assert made is None and masks_of(killed) == masks_of(straight)
+    assert masks_of(killed) == masks_of(straight)
     assert same(state_of(killed, method.lower()), state_of(straight, method.lower()))
 
 
@@ -388,14 +388,14 @@ def test_a_data_set_of_classes_has_a_mask_for_each_class_in_an_image(
     seen = []
     monkeypatch.setattr(peft, "loss", lambda logits, target: (
         seen.append((logits.shape, np.unique(target).tolist())), logits.mean())[1])
-    folder = train_in("runs/voc", TASK="voc", DATA_DIR="voc", FEATURES="", STEPS=2)
+    folder = train_in("runs/voc", TASK="voc", DATA_DIR="voc", FEATURES="")
     assert seen[0] == ((21, 96, 96), [0, 1, 2, 20, 255])
     assert set(masks_of(folder)) == {"b-aeroplane.png", "b-bicycle.png", "b-tvmonitor.png"}
 
 
 @pytest.mark.parametrize("constants, sentence", [
     ({"METHOD": "LoRA"}, "METHOD=LoRA is unknown: set SAMed or MSA"),
-    ({"WARM_UP": 5}, "WARM_UP=5 is more than STEPS=4: set it lower"),
+    ({"WARM_UP": 3}, "WARM_UP=3 is more than STEPS=2: set it lower"),
     ({"DATA_DIR": "nowhere"}, "nowhere"),
     ({"SAM": "gone.pth"}, "gone.pth does not exist"),
 ])
