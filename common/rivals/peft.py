@@ -40,10 +40,10 @@ DATA_DIR = ""  # where the data set lies; empty = data/<TASK>
 SEED = 0  # of weights, batches and views
 SHOTS = 0  # train on the first SHOTS of the samples that stage 1 drew (Table 10); 0 = all
 
-# how (the authors': see common/README.md for what differs)
+# how (common/README.md says what is the authors', and how the rest was chosen)
 STEPS = 500  # optimiser steps
 BATCH_SIZE = 4  # pictures a step; they pass through the network one by one
-LEARNING_RATE = {"SAMed": 0.005, "MSA": 1e-4}  # AdamW's, at the end of the warm-up
+LEARNING_RATE = {"SAMed": 0.005, "MSA": 0.001}  # AdamW's, at the end of the warm-up
 WEIGHT_DECAY = 0.1
 WARM_UP = 250  # steps in which the rate rises; then it falls to 0 with power 0.9
 AUGMENT = True  # show each picture in one of its eight views: flips and quarter turns
@@ -235,7 +235,7 @@ def main() -> None:
     lora.merge(sam)
     write_masks(model, run, paths, names, weights, out)
     script.goodbye([run.folder / f"{METHOD.lower()}.pt", out], script.command(
-        "04_evaluate.py", globals() | {"MASKS": f"{METHOD}:{out}"}, ("MASKS",)))
+        "04_evaluate.py", globals() | {"MASKS": f"{METHOD}:{out}"}, ("SAM", "MASKS")))
 
 
 if __name__ == "__main__":
