@@ -357,6 +357,15 @@ def test_killed_and_started_again_it_ends_with_the_same_weights_and_masks(
     assert same(state_of(killed, method.lower()), state_of(straight, method.lower()))
 
 
+def test_on_cuda_it_ends_as_on_the_cpu(train_in):
+    rehearsal = pytest.importorskip("tests.pretend_cuda", exc_type=ImportError,
+                                    reason="this torch has other private names")
+    cpu = train_in("cpu", PRECISION="fp32")
+    with rehearsal.pretend(float("inf")):
+        gpu = train_in("gpu", PRECISION="fp32", DEVICE="cuda")
+    assert same(state_of(cpu), state_of(gpu)) and masks_of(cpu) == masks_of(gpu)
+
+
 def test_masks_of_other_weights_are_made_again_and_missing_ones_too(train_in, monkeypatch):
     folder = train_in("again")
     first = masks_of(folder)

@@ -23,10 +23,11 @@ class LowRank(nn.Module):
         super().__init__()
         self.parts = [rows.to(weight.device) for rows in parts]
         self.a, self.b = nn.ParameterList(), nn.ParameterList()
-        for rows in self.parts:
-            a = weight.new_empty(RANK, weight[0].numel())
+        for rows in self.parts:  # drawn on the CPU: a seed means the same on every device
+            a = torch.empty(RANK, weight[0].numel())
             self.a.append(nn.init.kaiming_uniform_(a, a=math.sqrt(5)))  # nn.Linear's own
-            self.b.append(weight.new_zeros(len(rows), RANK))
+            self.b.append(torch.zeros(len(rows), RANK))
+        self.to(weight.device)
 
     def forward(self, weight: Tensor) -> Tensor:
         update = torch.zeros_like(weight).flatten(1)
