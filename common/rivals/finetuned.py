@@ -106,7 +106,8 @@ def loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     known = target != IGNORE
     logits, labels = logits[:, known].T, target[known].long()  # (n, 1 + K), (n,)
-    probability, truth = logits.softmax(1), F.one_hot(labels, logits.shape[1])
+    probability = logits.softmax(1)
+    truth = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     both, areas = (probability * truth).sum(0), (probability**2).sum(0) + truth.sum(0)
     dice = 1 - (2 * both + _SMOOTH) / (areas + _SMOOTH)
     entropy = F.cross_entropy(logits, labels)
