@@ -12,7 +12,7 @@ from common.cache import Cache, Truth
 from common.episode import Episode
 from common.frozen.sam import BatchedPrompter, full_masks
 from common.metrics import overlap
-from common.persam import PerSAM
+from common.rivals.persam import PerSAM
 from common.srm import sample_at
 
 THRESHOLDS = np.linspace(0.05, 0.95, 19)  # tried for CLIP Surgery's map

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from common.cache_file import AGAIN, NOT_COMPARED, SUMMED, binary, open_file, stored_attributes
+from common.images import composed
 from common.label_maps import IGNORE
 from common.runtime.errors import UserError
 
@@ -123,21 +124,29 @@ class Cache:
                             "01_cache_features.py into another RUN_DIR")
         return samples
 
-    def training_set(self, shots: int, rounds: int, device: torch.device) -> TrainingSet:
-        """The first `shots` drawn samples (0: all) on `device`.
+    def drawn(self, shots: int) -> np.ndarray:
+        """int64 (S, 2): the first `shots` drawn samples (0: all).
 
         A smaller draw is part of every larger one (Table 10). Raises UserError where there are
-        fewer, or too few to compare, or where one has fewer than `rounds` patches.
+        fewer.
         """
         samples = self.samples("train")
         if max(shots, 1) > len(samples):
             raise UserError(f"SHOTS={shots} is more than the {len(samples)} samples drawn in "
                             f"{self.path}: set it lower, or run stage 1 with more SHOTS into "
                             "another RUN_DIR")
+        return samples[:shots or None]
+
+    def training_set(self, shots: int, rounds: int, device: torch.device) -> TrainingSet:
+        """The first `shots` drawn samples (0: all) on `device`.
+
+        Raises UserError as `drawn`, and where they are too few to compare, or where one has fewer
+        than `rounds` patches.
+        """
         if shots == 1:
             raise UserError("SHOTS=1 is too few: advantages compare samples, so set it to 2 or "
                             "more")
-        samples = samples[:shots or None]
+        samples = self.drawn(shots)
         centres = self.truth_centres(samples)
         fewest = int((centres != IGNORE).sum(1).min())
         if rounds > fewest:
@@ -197,9 +206,12 @@ class Cache:
     def label_map(self, sample: Sequence[int]) -> np.ndarray:
         """uint8 (H, W), the image's own size: 1 = the sample's text, 0 = not, 255 = ignored."""
         row, text = sample
+        return binary(self.every_label(row), text + 1)
+
+    def every_label(self, row: int) -> np.ndarray:
+        """uint8 (H, W), the image's own size: 0 background, k + 1 = text k, 255 ignored."""
         flat = self.file["labels"][self._offsets[row]:self._offsets[row + 1]]
-        flat = self._checked("labels", int(row), flat)
-        return binary(flat.reshape(self._sizes[row]), text + 1)
+        return self._checked("labels", int(row), flat).reshape(self._sizes[row])
 
     def truth(self, samples: np.ndarray) -> Truth:
         """The ground truth of the samples."""
@@ -213,6 +225,14 @@ class Cache:
 
     def name(self, sample: Sequence[int]) -> str:
         return self._names[sample[0]]
+
+    def place(self, row: int) -> str:
+        """split/name of an image, as `Sample.place` has it."""
+        return composed(f"{self.file['split'][row].decode()}/{self._names[row]}")
+
+    def size(self, row: int) -> tuple[int, int]:
+        """(H, W) of an image, pixels."""
+        return tuple(self._sizes[row].tolist())
 
     def _checked(self, dataset: str, row: int, values: np.ndarray) -> np.ndarray:
         """`values`, one image's part of a dataset. Raises UserError if their CRC is another."""

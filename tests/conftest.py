@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from segment_anything import sam_model_registry
-from segment_anything.modeling import Sam
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
 
 from common.standin.scenes import draw_for_task
 
@@ -91,4 +98,30 @@ def vit_b() -> Sam:
         with torch.no_grad():
             for weight in sam.parameters():
                 weight.add_(torch.randn_like(weight), alpha=0.02)
+    return sam.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Sam:
+    """A SAM that takes milliseconds, with an input smaller than the 800 px frame."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        sam = Sam(
+            ImageEncoderViT(
+                img_size=256,
+                embed_dim=32,
+                depth=2,
+                num_heads=2,
+                out_chans=16,
+                use_rel_pos=True,
+                window_size=7,
+                global_attn_indexes=(1,),
+                norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+            ),
+            PromptEncoder(16, (16, 16), (256, 256), mask_in_chans=4),
+            MaskDecoder(transformer_dim=16, transformer=TwoWayTransformer(2, 16, 2, 32)),
+        )
+        for block in sam.image_encoder.blocks:  # zero as they start, they would hide an error
+            torch.nn.init.normal_(block.attn.rel_pos_h, std=0.5)
+            torch.nn.init.normal_(block.attn.rel_pos_w, std=0.5)
     return sam.eval().requires_grad_(False)

@@ -15,9 +15,10 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
 ROOMS = [
     "common.runtime",
     "common.frozen",
-    "common",  # the method: the modules directly in common/
+    "common",  # the method: the modules directly in common/, and common/rivals
     "common.runtime.run",  # this one of runtime opens the cache and the decoder for stages 2 to 4
     "common.results",
+    "common.rivals.peft",  # this one of rivals is a program, which opens a run and writes masks
     "common.standin",
     "common.standin.training",
 ]
@@ -93,6 +94,8 @@ def test_imports_run_one_way(module):
     ("common.agent", "from .results import paper"),
     ("common.agent", "def f():\n    from common.results import paper"),
     ("common.runtime.run", "from common.results import paper"),
+    ("common.rivals.lora", "from common.results import paper"),
+    ("common.baselines", "from common.rivals.peft import train"),
     ("common.results.report", "from common.standin.model import build_sam"),
     ("common.results.report", "def f():\n    from common.standin.training import train_sam"),
     ("common.standin.scenes", "from common.results.pictures import strip"),
@@ -109,6 +112,8 @@ def test_a_wrong_import_is_found(module, line):
     ("common.runtime.run", "from common.cache import Cache"),
     ("common.frozen.sam", "def f():\n    from common.standin.model import build_sam"),
     ("common.frozen.sam", "from common.layers import attention"),
+    ("common.baselines", "from common.rivals.persam import PerSAM"),
+    ("common.rivals.peft", "from common.results.pictures import save_picture"),
     ("common.standin.training.train_clip", "from common.frozen.clip_surgery import ClipSurgery"),
     ("common.results.tables", "import json, importlib.metadata"),
 ])

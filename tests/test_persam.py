@@ -11,7 +11,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from common.frozen.sam_weights import Headless
-from common.persam import PerSAM, guided_transformer, standardise
+from common.rivals.persam import PerSAM, guided_transformer, standardise
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "persam_golden.npz")
 GRID = int(GOLDEN["config/grid"])

@@ -18,11 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from segment_anything import SamPredictor
 from segment_anything.modeling import (
-    ImageEncoderViT,
-    MaskDecoder,
-    PromptEncoder,
     Sam,
-    TwoWayTransformer,
 )
 from torch.testing import assert_close
 
@@ -44,32 +40,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="session")
 def demo() -> Sam:
     return load_sam("demo", CPU)
-
-
-@pytest.fixture(scope="session")
-def tiny() -> Sam:
-    """A SAM that takes milliseconds, with an input smaller than the 800 px frame."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        sam = Sam(
-            ImageEncoderViT(
-                img_size=256,
-                embed_dim=32,
-                depth=2,
-                num_heads=2,
-                out_chans=16,
-                use_rel_pos=True,
-                window_size=7,
-                global_attn_indexes=(1,),
-                norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-            ),
-            PromptEncoder(16, (16, 16), (256, 256), mask_in_chans=4),
-            MaskDecoder(transformer_dim=16, transformer=TwoWayTransformer(2, 16, 2, 32)),
-        )
-        for block in sam.image_encoder.blocks:  # zero as they start, they would hide an error
-            torch.nn.init.normal_(block.attn.rel_pos_h, std=0.5)
-            torch.nn.init.normal_(block.attn.rel_pos_w, std=0.5)
-    return sam.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

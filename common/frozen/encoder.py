@@ -9,6 +9,7 @@ fused attention, one head at a time, so that no more than one head's bias is eve
 import torch
 from segment_anything.modeling.image_encoder import (
     Attention,
+    Block,
     ImageEncoderViT,
     get_rel_pos,
     window_partition,
@@ -16,6 +17,7 @@ from segment_anything.modeling.image_encoder import (
 )
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common.layers import merge_heads
 
@@ -41,19 +43,29 @@ def attend(attention: Attention, x: Tensor) -> Tensor:
     return attention.proj(merge_heads(torch.cat(heads, 1)).reshape(batch, height, width, channels))
 
 
+def apply_block(block: Block, x: Tensor) -> Tensor:
+    """`Block.forward`: x (B, H, W, C) to the same shape."""
+    y, whole = block.norm1(x), x.shape[1:3]
+    if block.window_size:
+        y, padded = window_partition(y, block.window_size)
+    y = attend(block.attn, y)
+    if block.window_size:
+        y = window_unpartition(y, block.window_size, padded, whole)
+    x = x + y
+    return x + block.mlp(block.norm2(x))
+
+
 def encode(encoder: ImageEncoderViT, images: Tensor) -> Tensor:
     """`ImageEncoderViT.forward`.
 
-    images: (B, 3, s, s), preprocessed. Returns embeddings (B, C, s / 16, s / 16).
+    images: (B, 3, s, s), preprocessed. Returns embeddings (B, C, s / 16, s / 16). Where gradients
+    are taken, each block is computed once more on the way back, so that only one block's attention
+    is in memory at a time.
     """
     x = encoder.patch_embed(images) + encoder.pos_embed
     for block in encoder.blocks:
-        y, whole = block.norm1(x), x.shape[1:3]
-        if block.window_size:
-            y, padded = window_partition(y, block.window_size)
-        y = attend(block.attn, y)
-        if block.window_size:
-            y = window_unpartition(y, block.window_size, padded, whole)
-        x = x + y
-        x = x + block.mlp(block.norm2(x))
+        if torch.is_grad_enabled():
+            x = checkpoint(apply_block, block, x, use_reentrant=False)
+        else:
+            x = apply_block(block, x)
     return encoder.neck(x.permute(0, 3, 1, 2))

@@ -48,18 +48,19 @@ class SamEmbedder:
 
         images: uint8 (B, s, s, 3) from `squash`, s = SAM's input size.
         """
-        encoder, device = self.sam.image_encoder, self.sam.device
-        pixels = torch.as_tensor(images, device=device).permute(0, 3, 1, 2)
+        at_a_time = for_one_core(self.sam) if self.sam.device.type == "cpu" else len(images)
+        parts = [images[start:start + at_a_time] for start in range(0, len(images), at_a_time)]
+        return torch.cat(side_by_side(self.forward, parts, self.sam.device))
 
-        def answer(some: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                some = self.sam.preprocess(some)
-                if isinstance(encoder, ImageEncoderViT):
-                    return encode(encoder, some).float()
-                return encoder(some).float()
-
-        at_a_time = for_one_core(self.sam) if device.type == "cpu" else len(images)
-        return torch.cat(side_by_side(answer, pixels.split(at_a_time), device))
+    def forward(self, images: np.ndarray) -> torch.Tensor:
+        """`embed` of all images at a time, with gradients: for what is trained in the encoder."""
+        encoder = self.sam.image_encoder
+        pixels = torch.as_tensor(images, device=self.sam.device).permute(0, 3, 1, 2)
+        with torch.autocast(self.sam.device.type, torch.bfloat16, enabled=self.bf16):
+            pixels = self.sam.preprocess(pixels)
+            if isinstance(encoder, ImageEncoderViT):
+                return encode(encoder, pixels).float()
+            return encoder(pixels).float()
 
 
 def for_one_core(sam: Sam) -> int:

@@ -271,16 +271,22 @@ def sam_fingerprint(sam: Sam) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_decoder(attributes: dict, device: torch.device) -> Sam:
-    """The SAM whose embeddings a cache holds, without the image encoder.
+def load_cached_sam(attributes: dict, device: torch.device) -> Sam:
+    """The SAM whose embeddings a cache holds.
 
     attributes: the cache's, of which `sam` and `sam_fingerprint` are read. Raises UserError where
     the file of that name now holds other weights, and all that `load_sam` raises.
     """
-    sam = load_sam(attributes["sam"], torch.device("cpu"))
+    sam = load_sam(attributes["sam"], device)
     if sam_fingerprint(sam) != attributes["sam_fingerprint"]:
         raise UserError(f"SAM={attributes['sam']} is not the one that made the cache: set SAM to "
                         "the path of that one, or run all stages in another RUN_DIR")
+    return sam
+
+
+def load_decoder(attributes: dict, device: torch.device) -> Sam:
+    """`load_cached_sam` without the image encoder."""
+    sam = load_cached_sam(attributes, torch.device("cpu"))
     sam.image_encoder = Headless(sam.image_encoder.img_size)  # its gigabytes are not needed again
     return sam.to(device)
 

@@ -1,4 +1,4 @@
-"""The files in which stages 2 to 4 keep their progress.
+"""The files in which stages 2 to 4, and the training of SAMed and MSA, keep their progress.
 
 Such a file holds the settings that made it, and weights, the optimiser's state, the random state,
 the log, or the finished rows of the evaluation.
@@ -19,7 +19,7 @@ from common.runtime.reading import reading
 from common.runtime.settings import require_same
 
 # Names and types: of every such file, of one that training can go on from, and of the settings
-# that the stages read.
+# that the stages read from each other's files.
 CONTENT = {"settings": dict, "finished": bool}
 TRAINING = {"generator": torch.Tensor, "log": list}
 SETTINGS = {"task": str, "branch": str, "seed": int, "shots": int, "rounds": int,
@@ -54,10 +54,10 @@ def save_training(path: Path, made_with: dict, log: list[dict], finished: bool, 
     save(path, content)
 
 
-def load(path: Path, stage: str, **further: type) -> dict:
+def load(path: Path, stage: str, settings: dict[str, type] = SETTINGS, **further: type) -> dict:
     """The content saved at `path`, on the CPU; no code in the file is run.
 
-    stage: the command that writes `path`.
+    stage: the command that writes `path`. settings: names and types of settings that it must have.
     further: names and types of what it must hold beside `CONTENT`.
     Raises UserError if the file is missing, cannot be read, is of another kind, is damaged, or
     holds numbers that are not finite.
@@ -67,8 +67,8 @@ def load(path: Path, stage: str, **further: type) -> dict:
             require_intact(path)  # torch.load does not look at the checksums
             content = torch.load(path, map_location="cpu", weights_only=True)
         _require_types(content, CONTENT | further)
-        _require_types(content["settings"], SETTINGS)
-        if content["settings"]["branch"] not in ("implicit", "explicit"):
+        _require_types(content["settings"], settings)
+        if "branch" in settings and content["settings"]["branch"] not in ("implicit", "explicit"):
             raise ValueError("its branch is neither implicit nor explicit")
         for row in content.get("log", ()):
             if not all(isinstance(value, (int, float)) for value in row.values()):
@@ -146,17 +146,18 @@ def load_finished(path: Path, stage: str, wanted: dict) -> dict:
 
 
 def resume(path: Path, stage: str, made_with: dict, further: dict[str, type],
-           **parts) -> dict | None:
+           settings: dict[str, type] = SETTINGS, **parts) -> dict | None:
     """Puts the state of a stopped run back into `parts` (see `restore`) and returns the content.
 
     stage: the command that writes `path`. made_with: the settings of the present run.
     further: names and types of what it must hold beside `CONTENT` and `TRAINING`.
+    settings: as in `load`.
     Returns None if there is no such file yet. Raises UserError like `load` and `restore`, and if
     the file was made with other settings.
     """
     if not os.path.lexists(path):  # a link to nothing is refused below
         return None
-    content = load(path, stage, **TRAINING, **further)
+    content = load(path, stage, settings, **TRAINING, **further)
     require_same(path, content["settings"], made_with)
     restore(path, content, **parts)
     return content

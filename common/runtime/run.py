@@ -93,7 +93,8 @@ def open_run(constants: dict[str, object]) -> Run:
     SAM and CLIP, where the script has them and they are not empty, stand for the cache's.
 
     constants: the script's `globals()`. Raises UserError if the device or the cache is missing, if
-    the cache is damaged, incomplete or of another task, or if there are fewer patches than ROUNDS.
+    the cache is damaged, incomplete or of another task, or if there are fewer patches than ROUNDS
+    (where the script has it).
     """
     device = distributed.own(script.device(constants["DEVICE"]))
     folder = script.run_dir(constants["RUN_DIR"], constants["TASK"])
@@ -104,7 +105,7 @@ def open_run(constants: dict[str, object]) -> Run:
     attributes = cache.attrs | {name: value for name, value in given.items() if value}
     frame = cache.attrs["image_size"]
     centres = patch_centres(frame, cache.attrs["patch_size"]).to(device)
-    if constants["ROUNDS"] > len(centres):
+    if constants.get("ROUNDS", 0) > len(centres):
         raise UserError(f"ROUNDS={constants['ROUNDS']} is more than the {len(centres)} patches "
                         "there are: set it lower")
     return Run(folder, cache, attributes, device, frame, centres)

@@ -1,0 +1,1 @@
+"""Methods of others that AlignSAM is compared with: PerSAM, and SAMed and MSA, trained here."""
