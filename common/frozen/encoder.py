@@ -65,7 +65,8 @@ def encode(encoder: ImageEncoderViT, images: Tensor) -> Tensor:
     x = encoder.patch_embed(images) + encoder.pos_embed
     for block in encoder.blocks:
         if torch.is_grad_enabled():
-            x = checkpoint(apply_block, block, x, use_reentrant=False)
+            x = checkpoint(apply_block, block, x, use_reentrant=False,
+                           preserve_rng_state=False)  # nothing is random, and threads share it
         else:
             x = apply_block(block, x)
     return encoder.neck(x.permute(0, 3, 1, 2))

@@ -12,6 +12,7 @@ import common.runtime.first  # noqa: F401  before torch
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from common.runtime import checkpoint, files, script, settings
 from common.runtime.errors import UserError, some
 from common.runtime.progress import progress
 from common.runtime.run import Run, open_run
+from common.runtime.workers import side_by_side
 
 # what is trained
 TASK = "demo_saliency"  # as in stage 1
@@ -42,7 +44,7 @@ SHOTS = 0  # train on the first SHOTS of the samples that stage 1 drew (Table 10
 
 # how (common/README.md says what is the authors', and how the rest was chosen)
 STEPS = 500  # optimiser steps
-BATCH_SIZE = 4  # pictures a step; they pass through the network one by one
+BATCH_SIZE = 4  # pictures a step; a GPU, or a core, sees them one by one
 LEARNING_RATE = {"SAMed": 0.005, "MSA": 0.001}  # AdamW's, at the end of the warm-up
 WEIGHT_DECAY = 0.1
 WARM_UP = 250  # steps in which the rate rises; then it falls to 0 with power 0.9
@@ -136,18 +138,16 @@ def train(model: FineTuned, run: Run, paths: dict[int, Path], rows: list[int]) -
     for step in progress(range(done + 1, STEPS + 1), f"training {METHOD}", STEPS, done):
         batch = torch.randperm(len(rows), generator=generator)[:BATCH_SIZE].tolist()
         views = torch.randint(8, (len(batch),), generator=generator).tolist()
-        total = 0.0
-        for one, view in zip(batch, views):  # their gradients add up
-            view = view if AUGMENT else 0
-            target = torch.from_numpy(turned(targets[one], view)).to(run.device)
-            own = loss(model.logits(turned(pictures[one], view)), target) / len(batch)
-            own.backward()
-            total += own.item()
+        shown = [(pictures[one], targets[one], view if AUGMENT else 0)
+                 for one, view in zip(batch, views)]
+        own, gradients = zip(*side_by_side(partial(gradients_of, model), shown, run.device))
+        total = sum(own) / len(batch)
+        for weight, parts in zip(model.trained().values(), zip(*gradients)):
+            weight.grad = sum(parts) / len(batch)
         names = ", ".join(run.cache.name((rows[one], 0)) for one in batch)
         script.require_finite({"the loss": total}, f"in step {step} on {names}")
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         optimizer.step()
-        optimizer.zero_grad()
 
         losses.append(total)
         if step % LOG_EVERY == 0:
@@ -163,6 +163,19 @@ def train(model: FineTuned, run: Run, paths: dict[int, Path], rows: list[int]) -
     print(f"{METHOD}: {count} trained parameters, {len(rows)} training images, {seconds:.0f} "
           "seconds of training")
     return checkpoint.fingerprint(model.state_dict())
+
+
+def gradients_of(model: FineTuned, shown: tuple[np.ndarray, np.ndarray, int]) -> tuple:
+    """The loss of one picture, and its gradient by each trained weight.
+
+    shown: the picture uint8 (s, s, 3), its label map at the size of the logits, and which of the
+    eight views of both is taken.
+    """
+    picture, label_map, view = shown
+    target = torch.from_numpy(turned(label_map, view)).to(model.sam.device)
+    with torch.enable_grad():
+        own = loss(model.logits(turned(picture, view)), target)
+        return own.item(), torch.autograd.grad(own, list(model.trained().values()))
 
 
 def write_masks(model: FineTuned, run: Run, paths: dict[int, Path], names: dict[int, list[str]],

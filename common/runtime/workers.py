@@ -15,8 +15,9 @@ import torch
 def side_by_side(compute: Callable, parts: Iterable, device: torch.device) -> list:
     """[compute(part) for part in parts]; on a CPU, as many parts at a time as torch has threads.
 
-    compute: runs without gradients; changes nothing that parts share. What it raises is raised
-    here. One thread computes a whole part, so the number of threads changes no bit of the results.
+    compute: runs without gradients, unless it enables them itself; changes nothing that parts
+    share. What it raises is raised here. One thread computes a whole part, so the number of threads
+    changes no bit of the results.
     """
     compute = torch.no_grad()(compute)  # gradient mode is each thread's own
     count = torch.get_num_threads() if device.type == "cpu" else 1
