@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from segment_anything.modeling import Sam
 from common.frozen.mobile_sam import build_mobile_sam
 from common.frozen.sam import SamEmbedder, full_masks, squash
 from common.images import load_image
-from common.rivals import lora, peft
+from common.rivals import adapters, lora, peft
 from common.rivals.finetuned import FineTuned, loss, low_resolution, turned
 from common.runtime import files
 from common.runtime.errors import UserError
@@ -145,7 +146,22 @@ def test_a_convolutions_update_has_low_rank():
     before = layer.weight.clone()
     stir(FineTuned(sam, "SAMed", texts=1))
     update = (layer.weight - before).detach().flatten(1)
-    assert torch.linalg.matrix_rank(update, rtol=1e-4) == lora.RANK
+    assert torch.linalg.matrix_rank(update, rtol=1e-4) == 4  # the authors'
+
+
+def test_an_adapter_is_a_quarter_as_wide_inside_and_counts_half_beside_an_mlp():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8)
+    beside = adapters.Beside(torch.nn.Linear(8, 8), 8)
+    down, up = beside.adapter.down, beside.adapter.up
+    assert down.weight.shape == (2, 8) and up.weight.shape == (8, 2)
+    torch.nn.init.normal_(up.weight)
+    expected = beside.mlp(x) + 0.5 * up(F.gelu(down(x)))
+    torch.testing.assert_close(beside(x), expected)
+    torch.testing.assert_close(adapters.after(beside.mlp)(x), beside.mlp(x))  # up is zero
+    behind = adapters.Adapter(8)
+    behind.load_state_dict(beside.adapter.state_dict())
+    torch.testing.assert_close(behind(x), x + up(F.gelu(down(x))))
 
 
 @pytest.mark.parametrize("name", ["demo", "tiny"])
@@ -381,6 +397,63 @@ def test_masks_of_other_weights_are_made_again_and_missing_ones_too(train_in, mo
     train_in("again", SEED=1, LEARNING_RATE={"SAMed": 0.05})
     assert masks_of(folder) != first
     assert json.loads((folder / "samed_masks/masks.json").read_text())["images"] == 6
+
+
+@pytest.mark.parametrize("view", range(8))
+def test_a_picture_and_its_label_map_are_turned_together(view, monkeypatch):
+    marked = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    seen = {}
+
+    def logits(picture):
+        seen["picture"] = picture
+        return torch.ones(1, requires_grad=True)
+
+    def one(logits, target):
+        seen["target"] = target.numpy()
+        return logits.sum()
+
+    weight = torch.ones(1, requires_grad=True)
+    model = SimpleNamespace(sam=SimpleNamespace(device=torch.device("cpu")),
+                            trained=lambda: {"weight": weight},
+                            logits=lambda picture: logits(picture) * weight)
+    monkeypatch.setattr(peft, "loss", one)
+    assert peft.gradients_of(model, (marked, marked, view)) == (1, (torch.ones(1),))
+    assert np.array_equal(seen["picture"], turned(marked, view))
+    assert np.array_equal(seen["target"], seen["picture"])
+
+
+def test_a_step_goes_along_the_mean_gradient_at_the_rate_of_that_step(train_in, monkeypatch):
+    per_picture, steps = iter([1.0, 3.0, 2.0, 6.0]), []
+
+    def gradients_of(model, shown):
+        value = next(per_picture)
+        return value, [torch.full_like(weight, value) for weight in model.trained().values()]
+
+    def step(optimizer):
+        (group,) = optimizer.param_groups
+        grads = {value for weight in group["params"] for value in weight.grad.unique().tolist()}
+        steps.append((grads, group["lr"], group["weight_decay"]))
+
+    monkeypatch.setattr(peft, "gradients_of", gradients_of)
+    monkeypatch.setattr(peft, "side_by_side", lambda compute, parts, _: list(map(compute, parts)))
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    folder = train_in("mean", WEIGHT_DECAY=0.25, LEARNING_RATE={"SAMed": 2.0})
+    rates = [peft.learning_rate(step) for step in (1, 2)]
+    assert steps == [({2.0}, rates[0], 0.25), ({4.0}, rates[1], 0.25)]
+    assert [row["loss"] for row in state_of(folder)["log"]] == [2, 4]
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_views_are_shown_unless_augment_is_off(augment, train_in, monkeypatch):
+    gradients_of, views = peft.gradients_of, []
+
+    def noting(model, shown):
+        views.append(shown[2])
+        return gradients_of(model, shown)
+
+    monkeypatch.setattr(peft, "gradients_of", noting)
+    train_in(f"augment-{augment}", AUGMENT=augment)
+    assert len(views) == 4 and any(views) == augment
 
 
 def test_the_first_shots_are_trained_on(train_in, monkeypatch):
