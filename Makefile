@@ -3,6 +3,7 @@ TASK ?= demo_saliency
 STAGE1 ?=
 PROMPT ?=
 MASKS ?=
+DATA_DIR ?=
 TASKS ?= demo_blur demo_shadow demo_mirror demo_saliency demo_semantic
 SEEDS ?= 0
 FIGURE7 ?= 0
@@ -29,11 +30,11 @@ row: .venv/installed  ## the four stages for one task: make row TASK=duts STAGE1
 	$(RUN) 04_evaluate.py TASK=$(TASK) DEVICE=$(DEVICE)
 
 tables: .venv/installed  ## every table of the paper for one task: make tables TASK=demo_shadow SEEDS=0,1,2 FIGURE7=1 [MASKS=SEEM:folder]
-	$(RUN) -m common.results.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7) DEVICE=$(DEVICE) $(call quoted,MASKS)
+	$(RUN) -m common.results.tables TASK=$(TASK) SEEDS=$(SEEDS) FIGURE7=$(FIGURE7) DEVICE=$(DEVICE) $(call quoted,MASKS) $(call quoted,DATA_DIR)
 
 seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, three training seeds each
 	for task in $(TASKS); do \
-		$(RUN) -m common.results.tables TASK=$$task SEEDS=0,1,2 EXPERIMENTS=main DEVICE=$(DEVICE) || exit 1; done
+		$(RUN) -m common.results.tables TASK=$$task SEEDS=0,1,2 EXPERIMENTS=main,rivals DEVICE=$(DEVICE) || exit 1; done
 
 bench: .venv/installed  ## how fast the parts are beside what they replace: make bench SAM=mobile_sam DEVICE=cuda
 	$(RUN) -m common.results.bench SAM=$(SAM) DEVICE=$(DEVICE)

@@ -39,9 +39,9 @@ def test_row_without_a_prompt_gives_stage_1_none():
                            "CLIP=ViT-B-16/openai"]
 
 
-def test_tables_are_handed_masks_as_one_word():
+def test_tables_are_handed_masks_and_a_data_set_as_one_word_each():
     given = "U-Net:my masks/{seed},it's:b"
-    *_, line = make("--dry-run", "tables", f"MASKS={given}")
-    assert f"MASKS={given}" in shlex.split(line)
+    *_, line = make("--dry-run", "tables", f"MASKS={given}", "DATA_DIR=my data")
+    assert f"MASKS={given}" in shlex.split(line) and "DATA_DIR=my data" in shlex.split(line)
     *_, line = make("--dry-run", "tables")
-    assert "MASKS" not in line
+    assert "MASKS" not in line and "DATA_DIR" not in line

@@ -80,7 +80,16 @@ def scripts(monkeypatch, tmp_path):
             trained.setdefault(folder, dict(RECIPE))
             trained[folder].update({name.lower(): typed(value) for name, value in given.items()
                                     if name not in ("RUN_DIR", "FEATURES", "DEVICE")})
+        if script == "-m common.rivals.peft":
+            method = given["METHOD"].lower()
+            (folder / f"{method}_masks").mkdir()
+            (folder / f"{method}_masks" / "shots").write_text(given.get("SHOTS", "all"))
         if script.startswith("04"):
+            for masks in given.get("MASKS", "").split(","):
+                if "_masks" in masks:  # as many shots as the agent's folder
+                    shots = Path(masks.split(":")[1], "shots").read_text()
+                    assert shots == {0: "all"}.get(trained[folder]["shots"],
+                                                   str(trained[folder]["shots"]))
             score = 0.4 + 0.1 * int(given["SEED"]) + (0.05 if "explicit" in str(folder) else 0)
             content = results_of(given, trained.get(folder, {}), score)
             (folder / given["RESULTS"]).write_text(json.dumps(content))
@@ -98,7 +107,9 @@ def test_tables_hold_mean_and_deviation_over_seeds_and_nothing_is_run_twice(scri
     assert stages.count("01") == 1
     # a seed: main, AlignSAM+, other branch, 5 and 20 shots
     assert stages.count("02") == stages.count("03") == 2 * 5
-    assert stages.count("04") == 2 * 6  # and 20 rounds
+    # and SAMed and MSA, on all samples, on 5 and on 20
+    assert stages.count("-m") == 2 * 2 * 3
+    assert stages.count("04") == 2 * 9  # and 20 rounds
     text = Path("runs/demo_saliency/tables.md").read_text()
     assert "| AlignSAM | 45.00 ± 7.07 |" in text  # 0.4 and 0.5, deviation 0.0707
     assert re.search(r"\| explicit \| 50.00 ± 7.07", text)
@@ -243,6 +254,47 @@ def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
     assert {given["FEATURES"] for stage, given in scripts if stage != "01"} == {
         "runs/demo_saliency/features.h5"}
     assert Path("runs/demo_saliency/figure7_episodes.png").exists()
+
+
+def test_samed_and_msa_are_trained_beside_each_agent_and_stand_in_tables_2_3_and_10(
+        scripts, monkeypatch):
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("rivals", "shots"))
+    monkeypatch.setattr(tables, "DATA_DIR", "pictures")
+    tables.main()
+    trained = [given for stage, given in scripts if stage == "-m"]
+    assert [(given["METHOD"], Path(given["RUN_DIR"]).name, given.get("SHOTS"), given["DATA_DIR"])
+            for given in trained] == [
+        (method, f"demo_saliency-seed0{suffix}", shots, "pictures")
+        for suffix, shots in (("", None), ("-shots5", "5"), ("-shots20", "20"))
+        for method in ("SAMed", "MSA")]
+    assert {given["FEATURES"] for given in trained} == {"runs/demo_saliency/features.h5"}
+    scored = [given["MASKS"] for stage, given in scripts if given.get("ROWS") == "none"]
+    assert scored[1] == ("SAMed:runs/demo_saliency-seed0-shots5/samed_masks,"
+                         "MSA:runs/demo_saliency-seed0-shots5/msa_masks")
+    written = tables_of("demo_saliency")
+    assert list(written["Tables 2 and 3: the method and its ablations"])[-2:] == ["SAMed", "MSA"]
+    assert list(written["Table 10: labelled images, mIoU"]["MSA"]) == ["5", "20", "all"]
+
+    first = len(scripts)
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("rivals",))
+    tables.main()
+    assert [stage for stage, _ in scripts[first:]] == ["01"]  # nothing is trained or scored twice
+    path = Path("runs/demo_saliency-seed0/rivals.json")
+    content = json.loads(path.read_text())
+    content["rows"].pop("MSA")
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="rivals.json lacks the row MSA: delete it"):
+        tables.main()
+
+
+def test_results_of_rivals_with_another_number_of_shots_are_not_taken(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("rivals", "shots"))
+    tables.main()
+    path = Path("runs/demo_saliency-seed0-shots5/rivals.json")
+    path.write_text(path.read_text().replace('"shots": 5', '"shots": 20'))
+    with pytest.raises(UserError, match="shots5/rivals.json was made with SHOTS=20, and now it is "
+                                        "5: move"):
+        tables.main()
 
 
 def test_shots_that_the_cache_does_not_hold_are_left_out(scripts, monkeypatch):

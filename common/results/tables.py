@@ -31,6 +31,7 @@ from common.results.paper import (
     stand_ins,
 )
 from common.results.plotting import plt, save_figure
+from common.rivals.finetuned import METHODS
 from common.runtime import files, script, settings
 from common.runtime.errors import UserError
 from common.runtime.settings import require_same
@@ -38,9 +39,11 @@ from common.tasks import get_task
 
 TASK = "demo_saliency"
 SEEDS = (0,)  # of training; three give the spread that the README states
-EXPERIMENTS = ("main", "plus", "branches", "iterations", "shots")  # main is run in any case
+# main is run in any case; rivals are SAMed and MSA, which take hours with a real SAM on a CPU
+EXPERIMENTS = ("main", "rivals", "plus", "branches", "iterations", "shots")
 FIGURE7 = False  # also the sensitivity to T and E: six more trainings a seed
 MASKS = ""  # rows of other systems' masks, as in stage 4; {seed} in a folder's name is the seed
+DATA_DIR = ""  # the data set, whose pictures SAMed and MSA see; empty = data/<TASK>
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
 _KNOWN = EXPERIMENTS  # as it stands here, before the command line
@@ -74,6 +77,7 @@ class Experiment(NamedTuple):
     agent: dict[str, object] | None = {}  # of stage 3; None: the folder has its agent.pt already
     srm: dict[str, object] | None = {}  # of stage 2; None: the main run's srm.pt is taken over
     results: str = "results.json"
+    rivals: dict[str, object] | None = None  # of common.rivals.peft, which trains each of METHODS
 
 
 class Table(NamedTuple):
@@ -94,12 +98,13 @@ def experiments(branch: str, shots: int) -> dict[str, dict[str, Experiment]]:
     other, one_row = _OTHER[branch], {"ROWS": ("AlignSAM",), **_QUICK}
     masks_alone = {"ROWS": ("none",), "MASKS": MASKS, **_QUICK}
     twenty_rounds = {"ROWS": ("AlignSAM", "w/o RL", "w/o SRM"), "ROUNDS": 20, **_QUICK}
-    few_shots, rounds, episodes = {}, {}, {}
+    few_shots, few_rivals, rounds, episodes = {}, {}, {}, {}
     for few in _SHOTS:
         if few < shots:
             few_shots[str(few)] = Experiment(
                 f"-shots{few}", {"ROWS": ("AlignSAM", "PerSAM"), **_QUICK},
                 agent={"SHOTS": few}, srm={"SHOTS": few})
+            few_rivals[str(few)] = trained_rivals(f"-shots{few}", {"SHOTS": few})
     for number in _ROUNDS:
         rounds[str(number)] = Experiment(f"-rounds{number}", {"ROUNDS": number, **one_row},
                                          agent={"ROUNDS": number}, srm=None)
@@ -108,14 +113,23 @@ def experiments(branch: str, shots: int) -> dict[str, dict[str, Experiment]]:
                                            agent={"EPISODES": number}, srm=None)
     return {
         "main": {"": Experiment("", {"ROWS": ("all",)})},
+        "rivals": {"": trained_rivals("", {})},
         "masks": {"": Experiment("", masks_alone, None, None, "given_masks.json")},
         "plus": {"": Experiment("-plus", {"ROWS": _ABLATIONS, **_QUICK}, srm=_PLUS)},
         "branches": {other: Experiment(f"-{other}", one_row, srm={"BRANCH": other})},
         "iterations": {"": Experiment("", twenty_rounds, None, None, "T20.json")},
         "shots": few_shots,
+        "rivals at few shots": few_rivals,
         "rounds": rounds,
         "episodes": episodes,
     }
+
+
+def trained_rivals(suffix: str, constants: dict[str, object]) -> Experiment:
+    """SAMed and MSA beside the agent of a run folder, trained on the same samples."""
+    folders = ",".join(f"{method}:{{folder}}/{method.lower()}_masks" for method in METHODS)
+    return Experiment(suffix, {"ROWS": ("none",), "MASKS": folders, **_QUICK}, None, None,
+                      "rivals.json", constants)
 
 
 def run_experiments(wanted: set[str], branch: str, identity: str, shots: int) -> Runs:
@@ -144,8 +158,9 @@ def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
     """
     main = Path("runs") / f"{task}-seed{seed}"
     folder = main.with_name(main.name + experiment.suffix)
-    path, masks = folder / experiment.results, experiment.evaluation.get("MASKS")
-    if masks or not path.exists():  # given masks may have changed since
+    path, rivals = folder / experiment.results, experiment.rivals
+    masks = experiment.evaluation.get("MASKS")
+    if not path.exists() or masks and rivals is None:  # given masks may have changed since
         same = {"TASK": task, "RUN_DIR": folder, "FEATURES": f"runs/{task}/features.h5",
                 "DEVICE": DEVICE, "SEED": seed}
         print(f"\n{folder}", flush=True)
@@ -156,25 +171,33 @@ def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
                                lambda temporary: shutil.copy(main / "srm.pt", temporary))
         if experiment.agent is not None:
             run_script("03_train_agent.py", *arguments(same | experiment.agent))
+        if rivals is not None:
+            for method in METHODS:
+                run_script("-m common.rivals.peft", *arguments(
+                    same | {"METHOD": method, "DATA_DIR": DATA_DIR} | rivals))
         evaluation = {"RESULTS": experiment.results, **experiment.evaluation}
         if masks:
-            evaluation["MASKS"] = masks.replace("{seed}", str(seed))
+            for name, value in (("{seed}", seed), ("{folder}", folder)):
+                masks = masks.replace(name, str(value))
+            evaluation["MASKS"] = masks
         run_script("04_evaluate.py", *arguments(same | evaluation))
-    rows = experiment.evaluation["ROWS"]
-    content = read_results(path, task, {("all",): _NAMED, ("none",): ()}.get(rows, rows))
+    asked = experiment.evaluation["ROWS"]
+    rows = {("all",): _NAMED, ("none",): () if rivals is None else METHODS}.get(asked, asked)
+    content = read_results(path, task, tuple(rows))
     require_asked(path, content, experiment, seed, identity, like or content)
     return content
 
 
-def add_given(base: list[dict], given: list[dict]) -> None:
-    """Puts the rows of `given`, results of given masks alone, into `base`, the main results.
+def add_given(base: list[dict], *given: list[dict]) -> None:
+    """Puts the rows of `given`, results of given masks alone, into `base`, results of the agent.
 
-    Both are one a seed. Rows of `base` that are not there for every seed, since stage 4 was called
+    All are one a seed. Rows of `base` that are not there for every seed, since stage 4 was called
     by hand with MASKS, are named on stdout: the tables leave them out.
     """
-    for run, its in zip(base, given):
-        for part in ("rows", "iou_per_round", "given_masks"):
-            run[part] = run.get(part, {}) | its[part]
+    for results in given:
+        for run, its in zip(base, results, strict=True):
+            for part in ("rows", "iou_per_round", "given_masks"):
+                run[part] = run.get(part, {}) | its[part]
     partly = {row for run in base for row in run["rows"]} - {*rows_of_all(base)}
     if partly:
         print(f"in no table, as not all seeds have them: {', '.join(sorted(partly))}")
@@ -194,11 +217,12 @@ def arguments(constants: dict[str, object]) -> list[str]:
 
 def run_script(script: str, *constants: str) -> None:
     """Raises UserError where it fails; it has said why itself."""
-    path = Path(__file__).parents[2] / script
-    environment = os.environ | {"PYTHONPATH": str(path.parent)}
-    done = subprocess.run([sys.executable, str(path), *constants], env=environment)
+    root, module = Path(__file__).parents[2], script.removeprefix("-m ")
+    program = [str(root / script)] if module == script else ["-m", module]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, *program, *constants], env=environment)
     if done.returncode:
-        raise UserError(f"{script} stopped; mend what it says above and run the same command again")
+        raise UserError(f"{module} stopped; mend what it says above and run the same command again")
 
 
 def look_into_cache(task: str) -> tuple[str, int, tuple[str, ...]]:
@@ -215,7 +239,7 @@ def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, 
     Otherwise one table could mix runs from before and after a constant was edited.
     """
     asked = {"seed": seed, "features": identity}
-    for constants in (experiment.srm, experiment.agent):
+    for constants in (experiment.srm, experiment.agent, experiment.rivals):
         asked |= {name.lower(): value for name, value in (constants or {}).items()}
     follows = {"srm"}  # from the seed
     if "branch" in asked:
@@ -497,6 +521,8 @@ def main() -> None:
         wanted |= {"rounds", "episodes"}
     if MASKS:
         wanted.add("masks")
+    if {"rivals", "shots"} <= wanted:
+        wanted.add("rivals at few shots")
     task, out = get_task(TASK, "-"), Path("runs") / TASK
     if TASK.startswith("demo_"):  # ends at once where the cache is whole
         run_script("01_cache_features.py", *arguments({"TASK": TASK, "DEVICE": DEVICE}))
@@ -508,7 +534,9 @@ def main() -> None:
     files.require_ours(*(out / name for name in ("tables.md", "tables.json", *plots)))
     identity, shots, texts = look_into_cache(TASK)
     runs = run_experiments(wanted, task.branch, identity, shots)
-    add_given(runs["main"][""], runs.get("masks", {}).get("", []))
+    add_given(runs["main"][""], *(runs[name][""] for name in ("rivals", "masks") if name in runs))
+    for column, its in runs.get("rivals at few shots", {}).items():
+        add_given(runs["shots"][column], its)
     tables = paper_tables(runs, task.branch)
     first = runs["main"][""][0]
     own_models = stand_ins(first["sam"], first["clip"])
