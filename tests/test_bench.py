@@ -67,7 +67,7 @@ def test_a_roll_out_keeps_one_mask_where_the_reference_keeps_every_channel(whole
     printed, report = whole
     entry = report["workloads"]["episode"]
     # rounds, images, the stand-in's grid, float32
-    assert entry["kept_bytes"] == 3 * 2 * 24 * 24 * 4
+    assert entry["kept_bytes"] == 3 * 2 * 32 * 32 * 4
     assert entry["reference_kept_bytes"] == 64 * entry["kept_bytes"]
     assert printed.count("keeps") == 2
 

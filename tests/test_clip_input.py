@@ -138,7 +138,7 @@ def test_the_map_of_a_single_text_subtracts_the_empty_string_in_every_template(s
 
 @pytest.fixture(scope="module")
 def sam() -> Sam:
-    """The stand-in, which sees 192 x 192 pixels."""
+    """The stand-in, which sees 256 x 256 pixels."""
     return load_sam("demo", torch.device("cpu"))
 
 
@@ -149,8 +149,8 @@ def frozen_models(sam: Sam, small: open_clip.CLIP, tokenizer, clip_size: int) ->
 
 @pytest.fixture(scope="module")
 def frozen(sam, small, tokenizer) -> FrozenModels:
-    """The two together; CLIP is made to see 256 x 256 pixels."""
-    return frozen_models(sam, small, tokenizer, 256)
+    """The two together; CLIP is made to see 192 x 192 pixels."""
+    return frozen_models(sam, small, tokenizer, 192)
 
 
 def squashed_by_torch(picture: np.ndarray, side: int) -> np.ndarray:
@@ -164,7 +164,7 @@ def squashed_by_torch(picture: np.ndarray, side: int) -> np.ndarray:
 def test_sam_and_clip_see_the_same_picture_each_squashed_once_to_its_own_size(frozen, shape):
     picture = noise(*shape)
     for_sam, for_clip = frozen.see(picture)
-    for seen, side in ((for_sam, 192), (for_clip, 256)):
+    for seen, side in ((for_sam, 256), (for_clip, 192)):
         assert seen.shape == (side, side, 3) and seen.dtype == np.uint8
         assert np.abs(seen - squashed_by_torch(picture, side)).max() < 1.01  # Pillow rounds twice
 
@@ -176,7 +176,7 @@ def test_quarters_of_a_picture_reach_both_models_in_their_places_and_colours(
     with inputs_of(small.visual.conv1) as by_clip, inputs_of(sam.image_encoder) as by_sam:
         frozen.compute([frozen.see(black), frozen.see(flag(*shape))])
     for_clip, for_sam = torch.cat(by_clip), torch.cat(by_sam)
-    assert for_clip.shape == (2, 3, 256, 256) and for_sam.shape == (2, 3, 192, 192)
+    assert for_clip.shape == (2, 3, 192, 192) and for_sam.shape == (2, 3, 256, 256)
     corners = [(row, column) for row in (0, -1) for column in (0, -1)]
     expected = torch.tensor([RED_FOR_CLIP, GREEN_FOR_CLIP, BLUE_FOR_CLIP, WHITE_FOR_CLIP])
     close(torch.stack([for_clip[1, :, row, column] for row, column in corners]), expected)
@@ -195,17 +195,17 @@ def stretched_by_numpy(maps: np.ndarray, side: int) -> np.ndarray:
     return maps
 
 
-@pytest.mark.parametrize("patches", [16, 32])  # a side: fewer and more than the embedding has cells
+@pytest.mark.parametrize("patches", [16, 40])  # a side: fewer and more than the embedding has cells
 def test_maps_are_stretched_bilinearly_from_clips_grid_to_that_of_the_embedding(
         sam, small, tokenizer, patches):
     frozen = frozen_models(sam, small, tokenizer, 16 * patches)
     seen = [frozen.see(noise(200, 300)), frozen.see(noise(300, 200))]
     embeddings, maps = frozen.compute(seen)
-    assert embeddings.shape == (2, 64, 24, 24)
+    assert embeddings.shape == (2, 64, 32, 32)
     surgery = ClipSurgery(small, tokenizer, 16 * patches, ["shadow", "glass"])
     raw = surgery.maps(torch.cat([as_tensor(for_clip) for _, for_clip in seen]))
     assert raw.shape == (2, 2, patches, patches)
-    close(maps, torch.from_numpy(stretched_by_numpy(raw.numpy(), 24)).float())
+    close(maps, torch.from_numpy(stretched_by_numpy(raw.numpy(), 32)).float())
 
 
 def test_the_embedding_is_that_of_the_picture_for_sam(sam, frozen):

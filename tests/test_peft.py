@@ -476,7 +476,7 @@ def test_a_data_set_of_classes_has_a_mask_for_each_class_in_an_image(
     monkeypatch.setattr(peft, "loss", lambda logits, target: (
         seen.append((logits.shape, np.unique(target).tolist())), logits.mean())[1])
     folder = train_in("runs/voc", TASK="voc", DATA_DIR="voc", FEATURES="")
-    assert seen[0] == ((21, 96, 96), [0, 1, 2, 20, 255])
+    assert seen[0] == ((21, 128, 128), [0, 1, 2, 20, 255])
     assert set(masks_of(folder)) == {"b-aeroplane.png", "b-bicycle.png", "b-tvmonitor.png"}
 
 

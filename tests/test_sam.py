@@ -549,6 +549,6 @@ def test_a_checkpoints_path_is_kept_so_that_other_folders_understand_it(tmp_path
 def test_a_decoder_that_never_saw_the_cached_embeddings_is_refused(demo):
     attributes = {"sam": "demo", "sam_fingerprint": sam_fingerprint(demo)}
     decoder = load_decoder(attributes, CPU)
-    assert decoder.image_encoder.img_size == 192 and not list(decoder.image_encoder.parameters())
+    assert decoder.image_encoder.img_size == 256 and not list(decoder.image_encoder.parameters())
     with pytest.raises(UserError, match="SAM=demo is not the one that made the cache"):
         load_decoder(attributes | {"sam_fingerprint": "0" * 16}, CPU)

@@ -12,7 +12,7 @@ from common.datasets import list_samples
 from common.images import load_image
 from common.label_maps import load_label_map
 from common.standin import model, scenes
-from common.standin.training import auxiliary
+from common.standin.training import auxiliary, train_clip, train_sam
 from common.standin.training.store import draw_small
 from common.standin.training.train_sam import HELD_OUT, TRAIN, corrective_clicks
 from common.tasks import DEMO_CLASSES, get_task
@@ -102,7 +102,7 @@ def test_the_auxiliary_loss_is_least_for_the_true_centre_and_outline():
     truth[:, offset_y] = auxiliary.CENTRE * (28 / side - centres[:, None])  # down
 
     def loss(answers):
-        return auxiliary.loss(answers, picture, cells, cells, shapes).item()
+        return auxiliary.loss(answers, picture, cells, cells, cells, shapes).item()
 
     least = loss(truth)
     crossed, off_the_thing, on_the_thing = truth.clone(), truth.clone(), truth.clone()
@@ -111,6 +111,10 @@ def test_the_auxiliary_loss_is_least_for_the_true_centre_and_outline():
     on_the_thing[:, offset_x + 2, grid // 4] += 5
     assert loss(crossed) > least + 1 and loss(on_the_thing) > least + 0.1
     assert loss(off_the_thing) == least
+    in_the_light = cells * 0
+    shaded = auxiliary.loss(truth, picture, cells, cells, in_the_light, shapes).item()
+    truth[:, offset_x - 1] = -3  # the answer "light is here"
+    assert auxiliary.loss(truth, picture, cells, cells, in_the_light, shapes).item() < shaded - 0.5
 
 
 def test_only_things_that_can_be_seen_have_a_shape():
@@ -145,6 +149,83 @@ def test_a_demo_data_set_is_read_by_the_benchmarks_own_adapter(effect, tmp_path,
         assert np.abs(load_image(sample.image).astype(int) - scene.image).mean() < 6  # JPEG
 
 
+def test_clicks_on_several_cores_give_the_gradients_of_the_whole_batch(monkeypatch):
+    torch.manual_seed(0)
+    sam = model.new_sam().eval()
+    train_sam.set_size(sam, 64)
+    monkeypatch.setattr(train_sam, "ONE_BY_ONE", 1)  # as these clicks are not drawn at random
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(train_sam, "side_by_side",
+                        lambda compute, parts, device: [compute(part) for part in parts])
+    targets = torch.zeros(5, 32, 32, dtype=torch.bool)
+    for number, target in enumerate(targets):
+        target[3 + number:20, 5:9 + 2 * number] = True
+    embeddings = torch.randn(5, model.WIDTH, 8, 8, requires_grad=True)
+    gradient, ious = train_sam.click_gradients(sam, embeddings, targets, np.random.default_rng(0))
+    weights = list(sam.mask_decoder.parameters())
+    gradients = [weight.grad for weight in weights]
+
+    sam.zero_grad()
+    rng = np.random.default_rng(0)
+    rng.random()  # decides that clicks come one by one
+    clicks = [1] * int(rng.integers(1, 9))
+    assert len(clicks) > 2
+    loss, expected = train_sam.click_loss(sam, embeddings, targets, clicks, True, rng)
+    loss.backward()
+    torch.testing.assert_close(ious, expected)
+    assert embeddings.grad.abs().max() > 1e-6
+    torch.testing.assert_close(gradient, embeddings.grad, rtol=1e-3, atol=1e-7)
+    for own, weight in zip(gradients, weights, strict=True):
+        torch.testing.assert_close(own, weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_each_click_goes_to_the_middle_of_the_largest_error_with_its_true_label():
+    targets = torch.zeros(2, 64, 64, dtype=torch.bool)
+    targets[:, 10:21, 30:41] = True
+    found = torch.zeros_like(targets)
+    found[1] = targets[1]
+    found[1, 40:61, 2:23] = True  # too much, and more than all of the target
+    points, labels = train_sam.next_clicks(found, targets)
+    assert points.tolist() == [[[71.0, 31.0]], [[25.0, 101.0]]]  # x, y; a pixel is 2 x 2
+    assert labels.tolist() == [[1], [0]]
+
+
+def test_smaller_pictures_keep_their_maps_in_place():
+    image = np.zeros((1, 256, 256, 3), np.uint8)
+    image[:, :128, :64] = 255
+    maps = (image[..., 0] > 0).astype(np.uint8)[:, None].repeat(5, 1)
+    small, small_maps = train_sam.resize(image, maps, 192)
+    assert small.shape == (1, 192, 192, 3) and small_maps.shape == (1, 5, 192, 192)
+    assert small_maps[0, 4, :96, :48].all() and small_maps.sum() == 5 * 96 * 48
+    assert small[0, :95, :47].min() == 255 and small[0, 97:].max() == 0
+
+
+def test_captions_compete_for_a_crop_and_those_that_claim_nothing_do_not():
+    true = torch.tensor([[True, False, True, True], [False, False, False, True],
+                         [False, True, False, True]])  # the last caption claims nothing
+    similarity = torch.tensor([[0.3, 0.1, 0.2, 9.0], [0.5, 0.5, 0.5, 0.0], [0.4, 0.1, 0.0, -9.0]])
+    scale = torch.tensor(10.0).log()
+    e = np.exp
+    first = -np.log((e(3) + e(2)) / (e(3) + e(1) + e(2)))
+    last = -np.log(e(1) / (e(4) + e(1) + e(0)))  # nothing is true of the crop between them
+    found = train_clip.choice_loss(similarity, true, scale)
+    assert found.item() == pytest.approx((first + last) / 2, rel=1e-5)
+
+
+def test_a_patch_of_a_crop_lies_on_the_thing_or_right_beside_it():
+    rng = np.random.default_rng(0)
+    region = np.zeros((85, 85), bool)
+    region[40:50, 60:64] = True
+    near = ndimage.binary_dilation(region, np.ones((3, 3)), iterations=22)  # two patches away
+    patches = [train_clip.choose_patch(region, rng) for _ in range(50)]
+    assert all(patch.any() and near[patch].all() for patch in patches)
+    assert {int(patch.sum()) for patch in patches} <= {100, 110, 121}  # 10 or 11 pixels a side
+    on_thing = [patch[region].any() for patch in patches]
+    assert any(on_thing) and not all(on_thing)
+    weights = train_clip.patch_weights(patches[0])
+    assert weights.sum() == pytest.approx(1) and weights.max() > 0.8  # it is the crop's own patch
+
+
 def test_the_classes_of_demo_semantic_are_the_kinds_that_are_drawn():
     assert DEMO_CLASSES == scenes.KINDS
 
@@ -171,10 +252,10 @@ def curve() -> np.ndarray:
 
 
 def test_the_sam_stand_in_reaches_its_mark_after_3_clicks(curve):
-    assert curve[2] >= 0.75, curve
+    assert curve[2] >= 0.80, curve
     assert curve[7] > curve[2] > curve[0] > 0.3, curve
 
 
-@pytest.mark.xfail(strict=True, reason="the stand-in falls short of its mark: 0.787")
+@pytest.mark.xfail(strict=True, reason="the stand-in falls short of its mark: 0.843")
 def test_the_sam_stand_in_reaches_its_mark_after_8_clicks(curve):
     assert curve[7] >= 0.85, curve

@@ -49,7 +49,7 @@ LEARNING_RATE = {"SAMed": 0.005, "MSA": 0.001}  # AdamW's, at the end of the war
 WEIGHT_DECAY = 0.1
 WARM_UP = 250  # steps in which the rate rises; then it falls to 0 with power 0.9
 AUGMENT = True  # show each picture in one of its eight views: flips and quarter turns
-PRECISION = "auto"  # of SAM's encoder: bf16 where the hardware has it, else fp32; or either by name
+PRECISION = "auto"  # of SAM's encoder: bf16 on a GPU that has it, else fp32; or either by name
 
 # where it goes
 RUN_DIR = ""  # empty = runs/<TASK>
@@ -243,7 +243,9 @@ def main() -> None:
 
     script.seed_everything(SEED)
     sam = load_cached_sam(run.attributes, run.device)
-    model = FineTuned(sam, METHOD, len(texts), PRECISION)
+    # a CPU's gradients take longer in bf16 than in fp32
+    precision = "fp32" if PRECISION == "auto" and run.device.type == "cpu" else PRECISION
+    model = FineTuned(sam, METHOD, len(texts), precision)
     weights = train(model, run, paths, shots)
     lora.merge(sam)
     write_masks(model, run, paths, names, weights, out)

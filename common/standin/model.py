@@ -10,15 +10,17 @@ from pathlib import Path
 from safetensors.torch import load_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.runtime.errors import UserError
 
 WEIGHTS = Path(__file__).with_name("sam.safetensors")
-IMAGE_SIZE = 192  # pixels a side that the stand-in sees; SAM sees 1024
-STRIDE = 8  # pixels a side of one cell of the embedding, which is a 24 x 24 grid
+IMAGE_SIZE = 256  # pixels a side that the stand-in sees; SAM sees 1024
+STRIDE = 8  # pixels a side of one cell of the embedding, which is a 32 x 32 grid
 WIDTH = 64  # channels of the embedding; SAM has 256
+FINE_WIDTH = 16  # channels of the upscaled embedding; SAM has 32, an eighth of its width
 
 
 class Residual(nn.Module):
@@ -58,20 +60,20 @@ def down(before: int, after: int) -> nn.Sequential:
 
 
 class ImageEncoder(nn.Module):
-    """Images (B, 3, 192, 192) float, normalised as for SAM, to embeddings (B, 64, 24, 24)."""
+    """Images (B, 3, 256, 256) float, normalised as for SAM, to embeddings (B, 64, 32, 32)."""
 
     img_size = IMAGE_SIZE  # Sam reads this name
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(down(3, 24), down(24, 48), Residual(48))  # to 48 x 48
-        self.middle = nn.Sequential(down(48, 96), Residual(96), Residual(96))  # to 24 x 24
-        self.deep = nn.Sequential(  # to 12 x 12
+        self.stem = nn.Sequential(down(3, 24), down(24, 48), Residual(48))  # to 64 x 64
+        self.middle = nn.Sequential(down(48, 96), Residual(96), Residual(96))  # to 32 x 32
+        self.deep = nn.Sequential(  # to 16 x 16
             down(96, 192), Residual(192), GlobalContext(192),
             Residual(192, dilation=2), GlobalContext(192),
             Residual(192))
         self.lift = nn.Conv2d(192, 96, 1)
-        # the four 48 x 48 features that one cell covers, so that outlines get finer than a cell
+        # the four 64 x 64 features that one cell covers, so that outlines get finer than a cell
         self.detail = nn.Conv2d(48 * 4, 96, 1)
         self.join = nn.Sequential(GlobalContext(96), Residual(96))
         self.neck = nn.Sequential(
@@ -92,7 +94,7 @@ class ImageEncoder(nn.Module):
 def new_sam() -> Sam:
     """A stand-in with fresh weights."""
     grid = IMAGE_SIZE // STRIDE
-    return Sam(
+    sam = Sam(
         image_encoder=ImageEncoder(),
         prompt_encoder=PromptEncoder(
             embed_dim=WIDTH, image_embedding_size=(grid, grid),
@@ -102,6 +104,19 @@ def new_sam() -> Sam:
             transformer=TwoWayTransformer(depth=2, embedding_dim=WIDTH, mlp_dim=4 * WIDTH,
                                           num_heads=4),
             iou_head_depth=3, iou_head_hidden_dim=WIDTH))
+
+    # the decoder's last layers are wider than an eighth of so narrow an embedding: they draw the
+    # outlines
+    decoder = sam.mask_decoder
+    decoder.output_upscaling = nn.Sequential(
+        nn.ConvTranspose2d(WIDTH, 2 * FINE_WIDTH, kernel_size=2, stride=2),
+        LayerNorm2d(2 * FINE_WIDTH),
+        nn.GELU(),
+        nn.ConvTranspose2d(2 * FINE_WIDTH, FINE_WIDTH, kernel_size=2, stride=2),
+        nn.GELU())
+    decoder.output_hypernetworks_mlps = nn.ModuleList(
+        MLP(WIDTH, WIDTH, FINE_WIDTH, 3) for _ in range(decoder.num_mask_tokens))
+    return sam
 
 
 def build_sam() -> Sam:

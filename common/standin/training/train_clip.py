@@ -2,17 +2,20 @@
 
     python -m common.standin.training.train_clip
 
-This takes 57 minutes on one thread of a 2-core CPU. It uses the scenes of train_sam.py.
+This takes 58 minutes on one thread of a 2-core CPU. It uses the scenes of train_sam.py.
 
 The model is open_clip's `CLIP` at a small size. Captions name kinds of things (alone, or with a
 colour or surface), shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates.
 
 With so few concepts, many captions in a batch are true of many crops. So every pair of a crop and a
-caption is judged by itself, with the sigmoid loss (Zhai et al., SigLIP, arXiv 2303.15343). The loss
-is taken twice. The first time it is between captions and whole crops, on the class token. The
+caption is judged by itself, with the sigmoid loss (Zhai et al., SigLIP, arXiv 2303.15343), and
+captions compete for each crop with CLIP's softmax, in which several may be true. The sigmoid alone
+learns where things are, but hardly which: most false pairs are of bare ground. The loss is taken
+twice. The first time it is between captions and whole crops, on the class token. The
 second time it is between captions and regions of the crops, on the mean over the region of CLIP
 Surgery's second path (as in Zhong et al., RegionCLIP, arXiv 2112.09106). The regions let such a
-small model learn, in few steps, where a named thing is.
+small model learn, in few steps, where a named thing is. Some are whole things, and some are single
+patches on a thing or beside it: a map must be high on a ring and low in its hole.
 """
 
 import common.runtime.first  # noqa: F401  before torch
@@ -33,18 +36,22 @@ from common.frozen.clip_surgery import TEMPLATES, ClipSurgery, surgery_tokens
 from common.frozen.clip_weights import STANDIN
 from common.standin.scenes import KINDS
 from common.standin.training.store import load_scenes
-from common.standin.training.train_sam import HELD_OUT, SCENES, TRAIN
+from common.standin.training.train_sam import BF16, HELD_OUT, SCENES, TRAIN
 
-STEPS = 4200  # optimiser steps
+STEPS = 3600  # optimiser steps
 BATCH = 64  # crops and captions a step
 REGIONS = 4  # of each crop: a thing must look different from what lies beside it
+PATCHES = 8  # of each crop: single patches that are regions of their own
 LEARNING_RATE = 1e-3  # of AdamW: a warm-up, then cosine to zero
 WARM_UP = 200  # steps
 REPORT = 150  # held-out scenes of the pointing game
 SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Pixels a side of a crop, which shows a thing or two. Maps are made of images three times as large.
+# Pixels a side of a crop, which shows a thing or two. Maps are made of images three times as large:
+# whole scenes.
 CROP = 64
+# Scales of the windows, where a whole scene has 1: a window that is magnified looks blurred.
+SCALES = 0.8, 1.25
 PATCH = 8  # pixels a side of a patch, as in clip_config.json
 EFFECT_WORDS = {  # how captions may call an effect
     "shadow": ("shadow", "shadow", "cast shadow"),
@@ -78,12 +85,17 @@ def words_of(maps: np.ndarray, things: list[dict], region: np.ndarray, least: fl
 def write_caption(words: set[str], rng: np.random.Generator) -> tuple[str, set[str]]:
     """A caption with one of the words, and the set of what it claims, which is that word.
 
-    Where there are no words, and now and then where there are, the caption claims nothing.
+    Where there are no words, and now and then where there are, the caption claims nothing. Effects
+    are rarer than things, so half of the captions that could name one do.
     """
     if not words or rng.random() < 0.04:
         return TEMPLATES[rng.integers(len(TEMPLATES))](""), set()
+    effects = sorted(words & set(EFFECT_WORDS))
     single = [word for word in sorted(words) if " " not in word]
-    word = str(rng.choice(single if rng.random() < 0.65 else sorted(words)))
+    if effects and rng.random() < 0.5:
+        word = str(rng.choice(effects))
+    else:
+        word = str(rng.choice(single if rng.random() < 0.65 else sorted(words)))
     spoken = str(rng.choice(EFFECT_WORDS[word])) if word in EFFECT_WORDS else word
     return TEMPLATES[rng.integers(len(TEMPLATES))](spoken), {word}
 
@@ -91,29 +103,39 @@ def write_caption(words: set[str], rng: np.random.Generator) -> tuple[str, set[s
 def choose_region(maps: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """One thing, one effect or, now and then, the bare ground: a region (s, s) bool.
 
-    maps: (5, s, s). count: things in the scene. An effect is twice as likely as a thing.
+    maps: (5, s, s). count: things in the scene. An effect is as likely as three things.
     """
     instances, effects = maps[0], [layer > 0 for layer in maps[2:] if layer.any()]
-    numbers = [number for number in range(1, count + 1) if (instances == number).any()]
-    options = len(numbers) + 2 * len(effects)
+    numbers = 1 + np.flatnonzero(np.bincount(instances.ravel(), minlength=count + 1)[1:])
+    options = len(numbers) + 3 * len(effects)
     if rng.random() < 0.15 or not options:
         ground = (instances == 0) & ~maps[2:].any(0)
         return ground if ground.any() else np.ones_like(ground)
     choice = int(rng.integers(options))
     if choice < len(numbers):
         return instances == numbers[choice]
-    return effects[(choice - len(numbers)) // 2]
+    return effects[(choice - len(numbers)) // 3]
 
 
 def choose_window(region: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
     """A square window of the scene around a place in the region (s, s), at a random scale."""
     rows, columns = np.nonzero(region)
-    extent = max(np.ptp(rows), np.ptp(columns))
-    side = int(np.clip(extent * rng.uniform(1.0, 2.5), 36, 128))
+    side = int(len(region) / 3 * rng.uniform(*SCALES))
     place = rng.integers(len(rows))
     corner = np.array([rows[place], columns[place]]) - side * rng.uniform(0.2, 0.8, 2)
     top, left = np.clip(corner, 0, len(region) - side).astype(int)
     return slice(top, top + side), slice(left, left + side)
+
+
+def choose_patch(region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of the crop's patches, in the region (h, h) bool or right beside it: (h, h) bool."""
+    edges = np.linspace(0, len(region), CROP // PATCH + 1).round().astype(int)
+    places = np.argwhere(region)
+    place = places[rng.integers(len(places))] + rng.uniform(-1, 1, 2) * edges[1]
+    row, column = (np.searchsorted(edges, place, "right") - 1).clip(0, CROP // PATCH - 1)
+    patch = np.zeros_like(region)
+    patch[edges[row]:edges[row + 1], edges[column]:edges[column + 1]] = True
+    return patch
 
 
 def patch_weights(region: np.ndarray) -> np.ndarray:
@@ -133,14 +155,16 @@ def draw_batch(images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
     """
     crops, weights, captions, claims, crop_words, region_words = [], [], [], [], [], []
     for row in rng.choice(TRAIN, BATCH, replace=False):
-        count = len(things[row])
-        rows, columns = choose_window(choose_region(maps[row], count, rng), rng)
+        count, scene_maps = len(things[row]), np.array(maps[row])
+        rows, columns = choose_window(choose_region(scene_maps, count, rng), rng)
         flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
-        crop_maps = maps[row][:, rows, columns][..., flip]
+        crop_maps = np.ascontiguousarray(scene_maps[:, rows, columns][..., flip])
         crop = Image.fromarray(images[row][rows, columns][:, flip])
         crops.append(np.asarray(crop.resize((CROP, CROP), Image.BILINEAR)))
 
         regions = [choose_region(crop_maps, count, rng) for _ in range(REGIONS)]
+        regions += [choose_patch(choose_region(crop_maps, count, rng), rng)
+                    for _ in range(PATCHES)]
         weights.append(np.stack([patch_weights(region) for region in regions]))
         everywhere = np.ones_like(regions[0])
         crop_words.append(words_of(crop_maps, things[row], everywhere, 0.015))
@@ -170,6 +194,18 @@ def pair_loss(similarity: Tensor, true: Tensor, scale: Tensor, bias: Tensor) -> 
     return (losses[true].mean() + losses[~true].mean()) / 2
 
 
+def choice_loss(similarity: Tensor, true: Tensor, scale: Tensor) -> Tensor:
+    """Cross-entropy between "one of the true captions" and the softmax over all, a scalar.
+
+    similarity, true: (..., B). Captions that claim nothing do not compete, and what no other
+    caption is true of does not count.
+    """
+    claims_something = ~true.flatten(0, -2).all(0)
+    logits, true = scale.exp() * similarity[..., claims_something], true[..., claims_something]
+    of_true = logits.masked_fill(~true, -torch.inf).logsumexp(-1)
+    return (logits.logsumexp(-1) - of_true)[true.any(-1)].mean()
+
+
 def pointing_game(surgery: ClipSurgery, images: np.ndarray,
                   targets: np.ndarray) -> list[tuple[float, float]]:
     """How often the highest patch of a text's map lies on the target.
@@ -188,8 +224,8 @@ def pointing_game(surgery: ClipSurgery, images: np.ndarray,
                 if not mask.any():
                     continue
                 y, x = np.unravel_index(maps[text].argmax(), maps[text].shape)
-                cell = mask.shape[0] // maps[text].shape[0]
-                hits[text].append(mask[y * cell + cell // 2, x * cell + cell // 2])
+                cell = mask.shape[0] / maps[text].shape[0]
+                hits[text].append(mask[int((y + 0.5) * cell), int((x + 0.5) * cell)])
                 chances[text].append(mask.mean())
     return [(float(np.mean(hits[text])), float(np.mean(chances[text]))) for text in texts]
 
@@ -244,16 +280,18 @@ def main() -> None:
     for step in range(1, STEPS + 1):
         batch = draw_batch(images, maps, things, rng)
         crops, weights, captions, true_of_crops, true_of_regions = batch
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
             tokens = surgery_tokens(model.visual, (crops.to(DEVICE) / 255 - mean) / deviation)
             texts = F.normalize(model.encode_text(tokenizer(captions).to(DEVICE)), dim=-1)
         tokens, texts = tokens.float(), texts.float()
         of_crops, of_patches = tokens[:, 0], tokens[:, 1:]
         of_regions = torch.einsum("brn,bnd->brd", weights.to(DEVICE), of_patches)
-        crop_loss = pair_loss(of_crops @ texts.T, true_of_crops.to(DEVICE), scales[0], biases[0])
-        region_loss = pair_loss(of_regions @ texts.T, true_of_regions.to(DEVICE), scales[1],
-                                biases[1])
-        loss = crop_loss + region_loss
+        loss = 0
+        for similarity, true, scale, bias in zip(
+                (of_crops @ texts.T, of_regions @ texts.T),
+                (true_of_crops.to(DEVICE), true_of_regions.to(DEVICE)), scales, biases):
+            loss = loss + pair_loss(similarity, true, scale, bias)
+            loss = loss + choice_loss(similarity, true, scale)
 
         optimizer.zero_grad()
         loss.backward()

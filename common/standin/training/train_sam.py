@@ -2,12 +2,14 @@
 
     python -m common.standin.training.train_sam
 
-This takes 50 minutes on both threads of a 2-core CPU.
+We estimate two hours on both threads of a 2-core CPU. The first phases see smaller pictures,
+since the encoder is convolutional and the cost of a step grows with the picture.
 
-Each step embeds a batch of scenes, asks for two targets in each scene and decodes three times:
-after the first prompt (one click, a positive and a negative one, or a click and a box), after a few
-corrective clicks, and after up to 17 points in all. Corrective clicks are drawn from the error
-region, or from the 10 x 10 patch centres among which AlignSAM's agent chooses.
+Each step embeds a batch of scenes and asks for one target in each. Some batches are prompted as
+people do it: up to nine clicks, each in the middle of the largest error. The others are decoded
+three times: after the first prompt (one click, a positive and a negative one, or a click and a
+box), after a few corrective clicks, and after up to 17 points in all. There, corrective clicks are
+drawn from the error region, or from the 10 x 10 patch centres among which AlignSAM's agent chooses.
 
 Targets are single things, unions of several or of all of one kind (so that prompts can collect
 disjoint parts), shadows, mirrors and defocused regions. None has a name. Neither the scenes of the
@@ -25,31 +27,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from scipy import ndimage
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.runtime.workers import side_by_side
 from common.standin.model import IMAGE_SIZE, STRIDE, WEIGHTS, WIDTH, new_sam
 from common.standin.training import auxiliary
 from common.standin.training.store import load_scenes
 
 SCENES = Path("data/standin")  # where the training scenes are kept
 TRAIN, HELD_OUT = 8000, 400  # scenes
-PRETRAINING = 1500  # optimiser steps of the encoder alone, on the auxiliary task
-STEPS = 5000  # optimiser steps with clicks
+PHASES = (  # pixels a side, optimiser steps, greatest rate, with clicks or the auxiliary task alone
+    (192, 1500, 2e-3, False),
+    (192, 5000, 6e-4, True),
+    (IMAGE_SIZE, 2000, 4e-4, True),
+    (IMAGE_SIZE, 450, 2.5e-4, True),
+)
 BATCH = 16  # scenes a step
 AUXILIARY = 0.3  # weight of the auxiliary loss; the loss of the clicks has weight 1
-TARGETS = 2  # targets in each scene; they share one run of the encoder
-PRETRAINING_RATE, LEARNING_RATE = 2e-3, 6e-4  # of AdamW: a short warm-up, then cosine to zero
-SHARES = {  # how often each sort of target is drawn
+ONE_BY_ONE = 0.4  # share of the batches that are prompted as the test prompts them
+SHARES = {  # how often each sort of target is drawn: shadows more often, as they are the hardest
+    "thing": 0.32, "kind": 0.14, "union": 0.14, "shadow": 0.24, "mirror": 0.09, "blur": 0.07,
+}
+TEST_SHARES = {  # and in the test
     "thing": 0.36, "kind": 0.16, "union": 0.16, "shadow": 0.14, "mirror": 0.1, "blur": 0.08,
 }
 SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LOW = IMAGE_SIZE // 2  # side of the decoder's low-resolution masks; targets have this size too
-LEAST_TARGET, GREATEST_TARGET = 12, 0.8  # low-resolution pixels; share of the scene
+BF16 = DEVICE == "cuda"  # on a CPU without matrix instructions the way back is slower with it
+PIXEL = 2  # pixels a side of one of the decoder's low-resolution masks; targets are as coarse
+LEAST_TARGET, GREATEST_TARGET = 1 / 768, 0.8  # shares of the scene
 PATCHES = 10  # a side, as many as AlignSAM's agent has
 
 
@@ -59,14 +70,14 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor,
 
     It is MaskDecoder.predict_masks without repeat_interleave, which is for one image with many
     prompts. embeddings: (B, C, g, g). points: (B, N, 2) in input pixels. labels: (B, N). boxes:
-    (B, 4). masks: (B, 1, 96, 96). Returns logits (B, 4, 96, 96) and predicted IoUs (B, 4).
+    (B, 4). masks: (B, 1, m, m). Returns logits (B, 4, m, m) and predicted IoUs (B, 4).
     """
     decoder = sam.mask_decoder
     sparse, dense = sam.prompt_encoder((points, labels), boxes, masks)
     output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([output_tokens.expand(len(embeddings), -1, -1), sparse], dim=1)
     positions = sam.prompt_encoder.get_dense_pe().expand_as(dense)
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=sam.training):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16 and sam.training):
         queries, keys = decoder.transformer(embeddings + dense, positions, tokens)
         upscaled = decoder.output_upscaling(keys.transpose(1, 2).reshape(embeddings.shape))
         hyper_in = [mlp(queries[:, 1 + i])
@@ -77,16 +88,16 @@ def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor,
     return logits, quality.float()
 
 
-def draw_target(maps: np.ndarray, things: list[dict],
-                rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """One target of a scene, (96, 96) bool, and its sort, which is for reports only.
+def draw_target(maps: np.ndarray, things: list[dict], rng: np.random.Generator,
+                shares: dict[str, float] = SHARES) -> tuple[np.ndarray, str]:
+    """One target of a scene, (m, m) bool, and its sort, which is for reports only.
 
-    maps: (5, s, s), as from `load_scenes`. The sort is a key of SHARES, or "background" where
+    maps: (5, s, s), as from `load_scenes`. The sort is a key of `shares`, or "background" where
     20 attempts give no target of a useful size.
     """
-    instances, _, shadow, mirror, blur = maps[:, ::2, ::2]
+    instances, _, shadow, mirror, blur = maps[:, ::PIXEL, ::PIXEL]
     for _ in range(20):
-        sort = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+        sort = str(rng.choice(list(shares), p=list(shares.values())))
         if sort == "shadow":
             target = shadow > 0
             if rng.random() < 0.5 and target.any():  # one connected part of it
@@ -104,34 +115,34 @@ def draw_target(maps: np.ndarray, things: list[dict],
             count = 1 if sort == "thing" else min(len(things), int(rng.integers(2, 5)))
             numbers = rng.choice(len(things), count, replace=False) + 1
             target = np.isin(instances, numbers)
-        if LEAST_TARGET <= target.sum() <= GREATEST_TARGET * target.size:
+        if LEAST_TARGET <= target.mean() <= GREATEST_TARGET:
             return target, sort
     return instances == 0, "background"
 
 
 def clicks_in(region: Tensor, count: int) -> Tensor:
-    """`count` places drawn uniformly from each region (B, 96, 96) bool.
+    """`count` places drawn uniformly from each region (B, m, m) bool.
 
     Returns (B, count, 2), as (x, y) in input pixels.
     """
-    weights = region.flatten(1).float() + 1e-9
+    weights, side = region.flatten(1).float() + 1e-9, region.shape[2]
     pixels = torch.multinomial(weights, count, replacement=True)
-    return (torch.stack([pixels % LOW, pixels // LOW], 2) + 0.5) * (IMAGE_SIZE / LOW)
+    return (torch.stack([pixels % side, pixels // side], 2) + 0.5) * PIXEL
 
 
 def label_of(points: Tensor, targets: Tensor) -> Tensor:
-    """1 where the target (B, 96, 96) lies under the point (B, N, 2), else 0; (B, N) int64."""
-    column, row = (points * (LOW / IMAGE_SIZE)).long().clamp(0, LOW - 1).unbind(2)
+    """1 where the target (B, m, m) lies under the point (B, N, 2), else 0; (B, N) int64."""
+    column, row = (points / PIXEL).long().clamp(0, targets.shape[2] - 1).unbind(2)
     image = torch.arange(len(points), device=points.device)[:, None]
     return targets[image, row, column].long()
 
 
 def boxes_around(targets: Tensor) -> Tensor:
-    """The bounding boxes of targets (B, 96, 96) bool with some noise: x0, y0, x1, y1, (B, 4)."""
+    """The bounding boxes of targets (B, m, m) bool with some noise: x0, y0, x1, y1, (B, 4)."""
     rows_hit, columns_hit = targets.any(2).float(), targets.any(1).float()
     first = torch.stack([columns_hit.argmax(1), rows_hit.argmax(1)], 1)
     from_end = torch.stack([columns_hit.flip(1).argmax(1), rows_hit.flip(1).argmax(1)], 1)
-    boxes = torch.cat([first, LOW - from_end], 1).float() * (IMAGE_SIZE / LOW)
+    boxes = torch.cat([first, targets.shape[2] - from_end], 1).float() * PIXEL
     return boxes + torch.randn_like(boxes) * 3
 
 
@@ -139,7 +150,7 @@ def first_prompt(targets: Tensor,
                  rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
     """One click on the target, a click on it and one beside it, or a click and a box.
 
-    targets: (B, 96, 96) bool. Returns points (B, N, 2), labels (B, N) and boxes (B, 4) or None.
+    targets: (B, m, m) bool. Returns points (B, N, 2), labels (B, N) and boxes (B, 4) or None.
     """
     points = clicks_in(targets, 1)
     style = rng.choice(("click", "pair", "box"), p=(0.45, 0.4, 0.15))
@@ -151,7 +162,7 @@ def first_prompt(targets: Tensor,
 
 def corrections(logits: Tensor, targets: Tensor, count: int,
                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """`count` further clicks, each with its true label, for logits and targets (B, 96, 96).
+    """`count` further clicks, each with its true label, for logits and targets (B, m, m).
 
     They lie in the error region, or on patch centres. Returns points (B, count, 2) and labels
     (B, count).
@@ -161,7 +172,8 @@ def corrections(logits: Tensor, targets: Tensor, count: int,
         has_error = error.flatten(1).any(1)[:, None, None]
         points = clicks_in(torch.where(has_error, error, targets), count)
     else:  # half of the time mostly on the target, as a trained agent chooses them
-        cells = torch.arange(PATCHES, device=targets.device).add(0.5) * (IMAGE_SIZE / PATCHES)
+        size = targets.shape[2] * PIXEL
+        cells = torch.arange(PATCHES, device=targets.device).add(0.5) * (size / PATCHES)
         centres = torch.stack(torch.meshgrid(cells, cells, indexing="xy"), 2).flatten(0, 1)
         on_target = label_of(centres.expand(len(targets), -1, -1), targets).float()
         preference = float(rng.random() < 0.5)
@@ -173,7 +185,7 @@ def corrections(logits: Tensor, targets: Tensor, count: int,
 def mask_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """SAM's loss, 20 focal + 1 Dice, of each mask.
 
-    logits: (B, K, 96, 96). targets: (B, 96, 96) bool. Returns (B, K). The focal loss has no class
+    logits: (B, K, m, m). targets: (B, m, m) bool. Returns (B, K). The focal loss has no class
     weights: with them, so short a training ends in empty masks.
     """
     truth = targets[:, None].expand(logits.shape).float()
@@ -194,40 +206,15 @@ def iou(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def quality_loss(quality: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of the predicted IoUs (B, K) of masks (B, K, 96, 96), a scalar."""
+    """Squared error of the predicted IoUs (B, K) of masks (B, K, m, m), a scalar."""
     true_iou = iou(logits.detach(), targets[:, None].expand(logits.shape))
     return F.mse_loss(quality, true_iou)
-
-
-def click_loss(sam: Sam, embeddings: Tensor, targets: Tensor,
-               rng: np.random.Generator) -> tuple[Tensor, float]:
-    """SAM's loss of three prompts in a row, and the mean IoU after the last.
-
-    embeddings: (B, C, g, g). targets: (B, 96, 96) bool. The single-mask token learns from every
-    prompt. The other three tokens learn from the first one, and only the best of them.
-    """
-    points, labels, boxes = first_prompt(targets, rng)
-    more_clicks = int(rng.integers(1, 5)), int(rng.integers(1, 12))
-    logits, quality = decode(sam, embeddings, points, labels, boxes)
-    losses = mask_loss(logits, targets)
-    best_of_three = losses[:, 1:].min(1).values.mean()
-    loss = losses[:, 0].mean() + 0.5 * best_of_three + quality_loss(quality, logits, targets)
-
-    for count in more_clicks:
-        new_points, new_labels = corrections(logits[:, 0].detach(), targets, count, rng)
-        points, labels = torch.cat([points, new_points], 1), torch.cat([labels, new_labels], 1)
-        last_mask = logits[:, :1].detach() if rng.random() < 0.25 else None
-        boxes = boxes if rng.random() < 0.5 else None
-        logits, quality = decode(sam, embeddings, points, labels, boxes, last_mask)
-        single_mask_loss = mask_loss(logits, targets)[:, 0].mean()
-        loss = loss + single_mask_loss + quality_loss(quality, logits, targets)
-    return loss, iou(logits[:, 0].detach(), targets).mean().item()
 
 
 def next_click(found: np.ndarray, target: np.ndarray) -> tuple[float, float]:
     """The most interior pixel of the largest error, (x, y) in input pixels.
 
-    found, target: (96, 96) bool. If there is no error, it is that of the target.
+    found, target: (m, m) bool. If there is no error, it is that of the target.
     """
     parts, count = ndimage.label(found != target)
     if count:
@@ -237,7 +224,92 @@ def next_click(found: np.ndarray, target: np.ndarray) -> tuple[float, float]:
         region = target
     depth = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return (x + 0.5) * (IMAGE_SIZE / LOW), (y + 0.5) * (IMAGE_SIZE / LOW)
+    return (x + 0.5) * PIXEL, (y + 0.5) * PIXEL
+
+
+def next_clicks(found: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The next click on each of B images, and its true label, for found and targets (B, m, m) bool.
+
+    Returns points (B, 1, 2) and labels (B, 1).
+    """
+    places = [next_click(mask, target)
+              for mask, target in zip(found.cpu().numpy(), targets.cpu().numpy())]
+    points = torch.tensor(places, dtype=torch.float32, device=targets.device)[:, None]
+    return points, label_of(points, targets)
+
+
+def click_loss(sam: Sam, embeddings: Tensor, targets: Tensor, clicks: list[int],
+               one_by_one: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """SAM's loss of some prompts in a row, and the IoU (B,) after the last.
+
+    embeddings: (B, C, g, g). targets: (B, m, m) bool. clicks: how many each prompt adds to the one
+    before. one_by_one: whether they are chosen as the test chooses them. The single-mask token
+    learns from the first and the last two prompts. The other three tokens learn from the first one,
+    and only the best of them.
+    """
+    if one_by_one:
+        points, labels = next_clicks(torch.zeros_like(targets), targets)
+        boxes = None
+    else:
+        points, labels, boxes = first_prompt(targets, rng)
+    logits, quality = decode(sam, embeddings, points, labels, boxes)
+    losses = mask_loss(logits, targets)
+    best_of_three = losses[:, 1:].min(1).values.mean()
+    loss = losses[:, 0].mean() + 0.5 * best_of_three + quality_loss(quality, logits, targets)
+    learned = max(len(clicks) - 2, 0)  # from here on with gradients
+
+    for index, count in enumerate(clicks):
+        last = logits[:, 0].detach()
+        if one_by_one:
+            new_points, new_labels = next_clicks(last > 0, targets)
+        else:
+            new_points, new_labels = corrections(last, targets, count, rng)
+        points, labels = torch.cat([points, new_points], 1), torch.cat([labels, new_labels], 1)
+        last_mask = last[:, None] if not one_by_one and rng.random() < 0.25 else None
+        boxes = boxes if rng.random() < 0.5 else None
+        with torch.set_grad_enabled(index >= learned):
+            logits, quality = decode(sam, embeddings, points, labels, boxes, last_mask)
+        if index >= learned:
+            single_mask_loss = mask_loss(logits, targets)[:, 0].mean()
+            loss = loss + single_mask_loss + quality_loss(quality, logits, targets)
+    return loss, iou(logits[:, 0].detach(), targets)
+
+
+def click_gradients(sam: Sam, embeddings: Tensor, targets: Tensor,
+                    rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Backward of `click_loss`, one part of the batch on each core.
+
+    Adds to the gradients of sam's prompt encoder and mask decoder. Returns the gradient of the
+    embeddings (B, C, g, g) and the IoU after the last prompt (B,).
+    """
+    parameters = [*sam.prompt_encoder.parameters(), *sam.mask_decoder.parameters()]
+    one_by_one = rng.random() < ONE_BY_ONE
+    if one_by_one:
+        clicks = [1] * int(rng.integers(1, 9))
+    else:
+        clicks = [int(rng.integers(1, 5)), int(rng.integers(1, 12))]
+    count = torch.get_num_threads() if DEVICE == "cpu" else 1
+    parts = torch.arange(len(targets), device=targets.device).chunk(count)
+
+    def compute(part: tuple[Tensor, int]) -> tuple[list[Tensor | None], Tensor]:
+        """Gradients of the embeddings and of all parameters, and IoUs, of one part."""
+        rows, seed = part
+        with torch.enable_grad():
+            own = embeddings[rows].detach().requires_grad_()
+            loss, ious = click_loss(sam, own, targets[rows], clicks, one_by_one,
+                                    np.random.default_rng(seed))
+            loss = loss * (len(rows) / len(targets))
+            gradients = torch.autograd.grad(loss, [own, *parameters], allow_unused=True)
+        return gradients, ious
+
+    seeds = rng.integers(2**31, size=len(parts)).tolist()
+    results = side_by_side(compute, zip(parts, seeds), targets.device)
+    for gradients, _ in results:
+        for parameter, gradient in zip(parameters, gradients[1:]):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    of_embeddings = torch.cat([gradients[0] for gradients, _ in results])
+    return of_embeddings, torch.cat([ious for _, ious in results])
 
 
 @torch.no_grad()
@@ -252,25 +324,23 @@ def corrective_clicks(sam: Sam, images: np.ndarray, maps: np.ndarray, things: li
     scores, sorts = [], []
     for start in range(0, len(images), BATCH):
         chunk = slice(start, start + BATCH)
-        drawn = [draw_target(scene_maps, inventory, rng)
+        drawn = [draw_target(scene_maps, inventory, rng, TEST_SHARES)
                  for scene_maps, inventory in zip(maps[chunk], things[chunk])]
-        targets = torch.from_numpy(np.stack([target for target, _ in drawn]))
+        targets = torch.from_numpy(np.stack([target for target, _ in drawn])).to(sam.device)
         sorts += [sort for _, sort in drawn]
         pictures = to_pictures(images[chunk]).to(sam.device)
         embeddings = sam.image_encoder(sam.preprocess(pictures)).float()
 
         found = torch.zeros_like(targets)
-        points = torch.zeros(len(targets), 0, 2)
+        points = torch.zeros(len(targets), 0, 2, device=sam.device)
+        labels = label_of(points, targets)
         ious = []
         for _ in range(clicks):
-            places = [next_click(mask, target)
-                      for mask, target in zip(found.numpy(), targets.numpy())]
-            points = torch.cat([points, torch.tensor(places, dtype=torch.float32)[:, None]], 1)
-            labels = label_of(points, targets)
-            logits, _ = decode(sam, embeddings, points.to(sam.device), labels.to(sam.device))
-            single_mask = logits[:, 0].cpu()
+            new_points, new_labels = next_clicks(found, targets)
+            points, labels = torch.cat([points, new_points], 1), torch.cat([labels, new_labels], 1)
+            single_mask = decode(sam, embeddings, points, labels)[0][:, 0]
             found = single_mask > 0
-            ious.append(iou(single_mask, targets))
+            ious.append(iou(single_mask, targets).cpu())
         scores.append(torch.stack(ious, 1))
     return torch.cat(scores), sorts
 
@@ -278,6 +348,22 @@ def corrective_clicks(sam: Sam, images: np.ndarray, maps: np.ndarray, things: li
 def to_pictures(images: np.ndarray) -> Tensor:
     """Images (B, s, s, 3) uint8 to (B, 3, s, s) float in 0..255."""
     return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float()
+
+
+def resize(images: np.ndarray, maps: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (B, s, s, 3) and maps (B, 5, s, s), uint8, at `size` pixels a side."""
+    if size == images.shape[1]:
+        return images, maps
+    pictures = [Image.fromarray(image).resize((size, size), Image.BILINEAR) for image in images]
+    nearest = ((np.arange(size) + 0.5) * (images.shape[1] / size)).astype(int)
+    return np.stack(pictures), maps[:, :, nearest[:, None], nearest]
+
+
+def set_size(sam: Sam, size: int) -> None:
+    """Makes the stand-in expect pictures of `size` pixels a side."""
+    prompts, grid = sam.prompt_encoder, size // STRIDE
+    sam.image_encoder.img_size = size
+    prompts.input_image_size, prompts.image_embedding_size = (size, size), (grid, grid)
 
 
 def init_cross_attention(sam: Sam) -> None:
@@ -332,60 +418,66 @@ def main() -> None:
     init_cross_attention(sam)
     sam.image_encoder.to(memory_format=torch.channels_last)
     head = nn.Conv2d(WIDTH, auxiliary.CHANNELS, 1).to(DEVICE)
+
+    for size, steps, rate, with_clicks in PHASES:
+        print(f"{steps} steps at {size} x {size} pixels, "
+              f"{'with clicks' if with_clicks else 'the encoder alone'}", flush=True)
+        train(sam, head, images[:TRAIN], maps[:TRAIN], things[:TRAIN], shapes, size, steps, rate,
+              with_clicks, rng)
+        weights = {name: value.half().contiguous() for name, value in sam.state_dict().items()}
+        save_file(weights, WEIGHTS)
+    report(sam.eval(), images[TRAIN:], maps[TRAIN:], things[TRAIN:])
+
+
+def train(sam: Sam, head: nn.Module, images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
+          shapes: np.ndarray, size: int, steps: int, rate: float, with_clicks: bool,
+          rng: np.random.Generator) -> None:
+    """One of PHASES; sam and head are changed in place, and each phase has its own schedule.
+
+    images: (N, s, s, 3). maps: (N, 5, s, s). things: of each scene. shapes: (N, n, 11).
+    """
+    set_size(sam, size)
+    sam.train()
     parameters = [*sam.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.07)
     started, ious = time.time(), []
-
-    for step in range(1, PRETRAINING + STEPS + 1):
-        with_clicks = step > PRETRAINING
-        if step in (1, PRETRAINING + 1):  # each of the two phases has its own schedule
-            rate, steps = (LEARNING_RATE, STEPS) if with_clicks else (PRETRAINING_RATE, PRETRAINING)
-            optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.07)
-
+    for step in range(1, steps + 1):
         # a batch of scenes
-        rows = np.sort(rng.choice(TRAIN, BATCH, replace=False))
-        batch = flip_at_random(images[rows], maps[rows], shapes[rows], rng)
-        batch_images, batch_maps, batch_shapes = batch
+        rows = np.sort(rng.choice(len(images), BATCH, replace=False))
+        batch_images, batch_maps = resize(images[rows], maps[rows], size)
+        batch_images, batch_maps, batch_shapes = flip_at_random(batch_images, batch_maps,
+                                                                shapes[rows], rng)
 
         # embed it once, and ask for facts about each cell
         pictures = to_pictures(batch_images).to(DEVICE)
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
             inputs = sam.preprocess(pictures).contiguous(memory_format=torch.channels_last)
             embeddings = sam.image_encoder(inputs)
         embeddings = embeddings.float().contiguous()
-        at_centres = batch_maps[:, :2, STRIDE // 2::STRIDE, STRIDE // 2::STRIDE].copy()
-        instances, surfaces = torch.from_numpy(at_centres).long().to(DEVICE).unbind(1)
-        loss = auxiliary.loss(head(embeddings), pictures, instances, surfaces,
+        at_centres = batch_maps[:, :3, STRIDE // 2::STRIDE, STRIDE // 2::STRIDE].copy()
+        instances, surfaces, shade = torch.from_numpy(at_centres).long().to(DEVICE).unbind(1)
+        loss = auxiliary.loss(head(embeddings), pictures, instances, surfaces, shade,
                               torch.from_numpy(batch_shapes).to(DEVICE))
-
-        # ask for targets by clicks
-        if with_clicks:
-            targets = []
-            for _ in range(TARGETS):
-                for scene_maps, row in zip(batch_maps, rows):
-                    target, _ = draw_target(scene_maps, things[row], rng)
-                    targets.append(target)
-            targets = torch.from_numpy(np.stack(targets)).to(DEVICE)
-            clicks, last_iou = click_loss(sam, embeddings.repeat(TARGETS, 1, 1, 1), targets, rng)
-            loss = AUXILIARY * loss + clicks
-            ious.append(last_iou)
-
         optimizer.zero_grad()
-        loss.backward()
+
+        # ask for targets by clicks, and send both gradients back through the encoder
+        if with_clicks:
+            targets = np.stack([draw_target(scene_maps, things[row], rng)[0]
+                                for scene_maps, row in zip(batch_maps, rows)])
+            gradient, reached = click_gradients(sam, embeddings,
+                                                torch.from_numpy(targets).to(DEVICE), rng)
+            ious.append(reached.mean().item())
+            torch.autograd.backward([AUXILIARY * loss, embeddings], [None, gradient])
+        else:
+            loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            reached = f"  IoU at the last prompt {np.mean(ious[-50:]):.3f}" if ious else ""
-            print(f"step {step}/{PRETRAINING + STEPS}  loss {loss.item():.3f}{reached}  "
+            clicked = f"  IoU at the last prompt {np.mean(ious[-50:]):.3f}" if ious else ""
+            print(f"step {step}/{steps}  auxiliary loss {loss.item():.3f}{clicked}  "
                   f"{(time.time() - started) / step:.2f} s a step", flush=True)
-        is_last = step == PRETRAINING + STEPS
-        if with_clicks and ((step - PRETRAINING) % 1000 == 0 or is_last):
-            sam.eval()
-            report(sam, images[TRAIN:], maps[TRAIN:], things[TRAIN:])
-            weights = {name: value.half().contiguous() for name, value in sam.state_dict().items()}
-            save_file(weights, WEIGHTS)
-            sam.train()
 
 
 if __name__ == "__main__":
