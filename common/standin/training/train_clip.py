@@ -10,12 +10,13 @@ colour or surface), shadows, mirrors, defocus and salient objects, in CLIP Surge
 With so few concepts, many captions in a batch are true of many crops. So every pair of a crop and a
 caption is judged by itself, with the sigmoid loss (Zhai et al., SigLIP, arXiv 2303.15343), and
 captions compete for each crop with CLIP's softmax, in which several may be true. The sigmoid alone
-learns where things are, but hardly which: most false pairs are of bare ground. The loss is taken
-twice. The first time it is between captions and whole crops, on the class token. The
-second time it is between captions and regions of the crops, on the mean over the region of CLIP
-Surgery's second path (as in Zhong et al., RegionCLIP, arXiv 2112.09106). The regions let such a
-small model learn, in few steps, where a named thing is. Some are whole things, and some are single
-patches on a thing or beside it: a map must be high on a ring and low in its hole.
+learns where things are, but only slowly which: most false pairs are of bare ground.
+
+Both losses are taken twice. The first time they are between captions and whole crops, on the class
+token. The second time they are between captions and regions of the crops, on the mean over the
+region of CLIP Surgery's second path (as in Zhong et al., RegionCLIP, arXiv 2112.09106). The regions
+let such a small model learn, in few steps, where a named thing is. Some are whole things, and some
+are single patches on a thing or beside it: a map must be high on a ring and low in its hole.
 """
 
 import common.runtime.first  # noqa: F401  before torch
@@ -50,7 +51,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Pixels a side of a crop, which shows a thing or two. Maps are made of images three times as large:
 # whole scenes.
 CROP = 64
-# Scales of the windows, where a whole scene has 1: a window that is magnified looks blurred.
+# Sides of a window, in shares of the one that has the scale of the maps. A window that is magnified
+# more looks blurred.
 SCALES = 0.8, 1.25
 PATCH = 8  # pixels a side of a patch, as in clip_config.json
 EFFECT_WORDS = {  # how captions may call an effect
