@@ -4,6 +4,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +53,17 @@ def run(folder: Path, script: str, *more: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     return subprocess.run(command(script, *more), cwd=folder, env=environment,
                           capture_output=True, text=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes with one thread, as in `run`: more threads round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def draw_data(folder: Path) -> None:

@@ -8,7 +8,7 @@ from common.frozen.sam import SamEmbedder
 from common.runtime.batches import in_batches
 from common.runtime.errors import UserError
 from common.runtime.settings import override
-from tests.conftest import STAGES, arrays, load_script
+from tests.conftest import STAGES, arrays, load_script, one_thread
 
 CPU_WORDS = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
              "memory: you tried to")
@@ -70,12 +70,8 @@ def test_stage_1_finds_its_batch_size(workplace, monkeypatch, capsys):
 
     monkeypatch.setattr(SamEmbedder, "embed", little_memory)
     monkeypatch.chdir(workplace)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the workplace was made: another number may round maps otherwise
-    try:
+    with one_thread():  # as the workplace was made
         stage.main()
-    finally:
-        torch.set_num_threads(threads)
     assert "BATCH_SIZE=2\n" in capsys.readouterr().err
     whole = arrays(workplace / "runs/folder/features.h5")  # made with BATCH_SIZE=2
     for name, values in arrays(workplace / "halved/features.h5").items():

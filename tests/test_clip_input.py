@@ -16,6 +16,7 @@ from common.frozen.clip_weights import load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder
 from common.frozen.sam_weights import load_sam
+from tests.conftest import one_thread
 
 SIZE = 64  # of the small CLIP's picture, in patches of 16
 CONFIG = {"embed_dim": 32, "quick_gelu": True,
@@ -67,14 +68,13 @@ def close(ours: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> Non
 @contextmanager
 def inputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """A list that fills with what `module` is called with, in the order of the images."""
-    seen, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)  # several would work side by side, in any order
+    seen = []
     hook = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
-        yield seen
+        with one_thread():  # several would work side by side, in any order
+            yield seen
     finally:
         hook.remove()
-        torch.set_num_threads(threads)
 
 
 def reaching(model: open_clip.CLIP, surgery: ClipSurgery, images: torch.Tensor) -> torch.Tensor:

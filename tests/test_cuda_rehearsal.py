@@ -13,7 +13,7 @@ import torch
 
 from common.runtime import files, script
 from common.runtime.settings import override
-from tests.conftest import STAGES, arrays, load_script
+from tests.conftest import STAGES, arrays, load_script, one_thread
 
 rehearsal = pytest.importorskip("tests.pretend_cuda", exc_type=ImportError,
                                 reason="this torch has other private names")
@@ -24,13 +24,8 @@ def rehearse(name: str, *arguments: str, room: float = float("inf")) -> int:
     stage = load_script(name)
     given = ["TASK=folder", "DEVICE=cuda", "RUN_DIR=gpu", *STAGES[name], *arguments]
     override(vars(stage), given)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as `run` starts the stages on the CPU
-    try:
-        with rehearsal.pretend(room) as gpu:
-            stage.main()
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), rehearsal.pretend(room) as gpu:  # as `run` starts the stages on the CPU
+        stage.main()
     return gpu.peak
 
 

@@ -22,7 +22,7 @@ from common.runtime import files
 from common.runtime.errors import UserError
 from common.standin.model import Residual, build_sam
 from common.standin.scenes import draw_for_task
-from tests.conftest import draw_data, run
+from tests.conftest import draw_data, one_thread, run
 from tests.small_data import make_voc
 
 METHODS = ("SAMed", "MSA")
@@ -376,15 +376,17 @@ def test_killed_and_started_again_it_ends_with_the_same_weights_and_masks(
 def test_on_cuda_it_ends_as_on_the_cpu(train_in):
     rehearsal = pytest.importorskip("tests.pretend_cuda", exc_type=ImportError,
                                     reason="this torch has other private names")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each picture has on a CPU; several round otherwise
-    try:
+    with one_thread():  # as each picture has on a CPU
         cpu = train_in("cpu", PRECISION="fp32")
         with rehearsal.pretend(float("inf")):
             gpu = train_in("gpu", PRECISION="fp32", DEVICE="cuda")
-    finally:
-        torch.set_num_threads(threads)
     assert same(state_of(cpu), state_of(gpu)) and masks_of(cpu) == masks_of(gpu)
+
+
+def test_a_cpu_trains_in_fp32_unless_bf16_is_asked_for(train_in, monkeypatch):
+    monkeypatch.setattr("common.frozen.sam.has_bf16", lambda device: True)
+    for precision, taken in (("auto", "fp32"), ("bf16", "bf16")):
+        assert state_of(train_in(precision, PRECISION=precision))["settings"]["precision"] == taken
 
 
 def test_masks_of_other_weights_are_made_again_and_missing_ones_too(train_in, monkeypatch):

@@ -226,6 +226,32 @@ def test_a_patch_of_a_crop_lies_on_the_thing_or_right_beside_it():
     assert weights.sum() == pytest.approx(1) and weights.max() > 0.8  # it is the crop's own patch
 
 
+def test_a_window_has_the_scale_of_the_maps_and_lies_in_the_scene():
+    rng = np.random.default_rng(0)
+    region = np.zeros((256, 256), bool)
+    region[250:, 3:9] = True  # in a corner
+    for _ in range(50):
+        rows, columns = train_clip.choose_window(region, rng)
+        side = rows.stop - rows.start
+        assert side == columns.stop - columns.start and 68 <= side <= 106  # 256 / 3 by SCALES
+        assert min(rows.start, columns.start) >= 0 and max(rows.stop, columns.stop) <= 256
+        assert region[rows, columns].any()
+
+
+def test_the_pointing_game_looks_where_the_highest_cell_lies():
+    class Maps:
+        def maps(self, images):
+            maps = torch.zeros(len(images), 2, 24, 24)  # a cell is 10 2/3 pixels a side
+            maps[:, 0, 23, 2] = maps[:, 1, 4, 20] = 1
+            return maps
+
+    targets = np.zeros((2, 2, 256, 256), bool)
+    targets[:, 0, 246:, 22:32] = True  # the whole cell, but for its edge
+    targets[0, 1, :43] = True  # not under the other cell; and in the second scene nowhere
+    scores = train_clip.pointing_game(Maps(), np.zeros((2, 256, 256, 3), np.uint8), targets)
+    assert scores == [(1.0, 10 * 10 / 256 ** 2), (0.0, 43 / 256)]
+
+
 def test_the_classes_of_demo_semantic_are_the_kinds_that_are_drawn():
     assert DEMO_CLASSES == scenes.KINDS
 

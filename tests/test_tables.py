@@ -399,6 +399,15 @@ def test_the_papers_figures_stand_beside_the_right_rows():
     assert "| explicit (paper only) | – | 30.78 |" in text
 
 
+def test_modules_are_run_as_such_and_their_failure_is_a_sentence(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)  # the repository is found from anywhere
+    tables.run_script("-m common.rivals.peft", "help")
+    assert "METHOD=SAMed" in capfd.readouterr().out
+    with pytest.raises(UserError, match="^common.rivals.peft stopped; mend what it says above"):
+        tables.run_script("-m common.rivals.peft", "METHOD=LoRA")
+    assert "set SAMed or MSA" in capfd.readouterr().err
+
+
 @pytest.fixture
 def results(scripts) -> Path:
     """A file of results as stage 4 writes it."""

@@ -9,8 +9,8 @@ colour or surface), shadows, mirrors, defocus and salient objects, in CLIP Surge
 
 With so few concepts, many captions in a batch are true of many crops. So every pair of a crop and a
 caption is judged by itself, with the sigmoid loss (Zhai et al., SigLIP, arXiv 2303.15343), and
-captions compete for each crop with CLIP's softmax, in which several may be true. The sigmoid alone
-learns where things are, but only slowly which: most false pairs are of bare ground.
+captions compete for each crop with CLIP's softmax, in which several may be true: most false pairs
+of the sigmoid are of bare ground, and say little of which thing is where.
 
 Both losses are taken twice. The first time they are between captions and whole crops, on the class
 token. The second time they are between captions and regions of the crops, on the mean over the
