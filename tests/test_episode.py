@@ -8,7 +8,6 @@ from common.episode import Episode, patch_centres, random_pixels, spatial_state
 from tests.conftest import one_thread
 
 
-
 class Recorder:
     """Stands in for SAM: remembers the prompts.
 
