@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from scipy import ndimage
 
 from common.datasets import list_samples
+from common.frozen import clip_weights
 from common.images import load_image
 from common.label_maps import load_label_map
 from common.standin import model, scenes
@@ -101,8 +102,10 @@ def test_the_auxiliary_loss_is_least_for_the_true_centre_and_outline():
     truth[:, offset_x] = auxiliary.CENTRE * (44 / side - centres[None, :])  # to the right
     truth[:, offset_y] = auxiliary.CENTRE * (28 / side - centres[:, None])  # down
 
+    fine = torch.from_numpy(instances[:, ::2, ::2] > 0)  # 4 x 4 mask pixels a cell
+
     def loss(answers):
-        return auxiliary.loss(answers, picture, cells, cells, cells, shapes).item()
+        return auxiliary.loss(answers, picture, cells, cells, fine, fine, shapes).item()
 
     least = loss(truth)
     crossed, off_the_thing, on_the_thing = truth.clone(), truth.clone(), truth.clone()
@@ -111,10 +114,56 @@ def test_the_auxiliary_loss_is_least_for_the_true_centre_and_outline():
     on_the_thing[:, offset_x + 2, grid // 4] += 5
     assert loss(crossed) > least + 1 and loss(on_the_thing) > least + 0.1
     assert loss(off_the_thing) == least
-    in_the_light = cells * 0
-    shaded = auxiliary.loss(truth, picture, cells, cells, in_the_light, shapes).item()
-    truth[:, offset_x - 1] = -3  # the answer "light is here"
-    assert auxiliary.loss(truth, picture, cells, cells, in_the_light, shapes).item() < shaded - 0.5
+
+
+def test_things_and_shade_are_asked_for_at_each_pixel_of_a_mask():
+    grid = 3
+    things, shade = (torch.zeros(1, 4 * grid, 4 * grid, dtype=torch.bool) for _ in range(2))
+    things[0, 6, 9] = True  # cell row 1, column 2; in the cell row 2, column 1
+    shade[0, 3, 4] = True  # cell row 0, column 1; in the cell row 3, column 0
+    surface, numbers, thing, dark, shape = torch.zeros(
+        1, auxiliary.CHANNELS, grid, grid).split(auxiliary.SECTIONS, 1)
+    picture = torch.zeros(1, 3, grid * model.STRIDE, grid * model.STRIDE)
+    cells = torch.zeros(1, grid, grid, dtype=torch.int64)
+    shapes = torch.full((1, 1, auxiliary.SHAPE), torch.nan)
+
+    def loss():
+        answers = torch.cat([surface, numbers, thing, dark, shape], 1)
+        return auxiliary.loss(answers, picture, cells, cells, things, shade, shapes).item()
+
+    unsure = loss()
+    thing -= 20
+    thing[0, 2 * 4 + 1, 1, 2] = 20
+    knows_things = loss()
+    assert knows_things == pytest.approx(unsure - np.log(2), abs=1e-4)
+    dark -= 20
+    dark[0, 3 * 4, 0, 1] = 20
+    assert loss() == pytest.approx(knows_things - auxiliary.SHADE * np.log(2), abs=1e-4)
+
+
+def test_training_asks_for_the_facts_of_the_picture_that_is_embedded(monkeypatch):
+    rng = np.random.default_rng(0)
+    maps = (rng.random((4, 5, 64, 64)) < 0.3).astype(np.uint8)
+    things_of_scene = [[{"kind": "star"}]] * 4
+    images = 255 * np.stack([maps[:, 0], maps[:, 2], maps[:, 1]], 3)  # things, shade, surface
+    monkeypatch.setattr(train_sam, "BATCH", 2)
+    asked = []
+
+    def noting(answers, pictures, instances, surfaces, things, shade, shapes):
+        asked.append((pictures > 127, instances, surfaces, things, shade))
+        return answers.sum()
+
+    monkeypatch.setattr(auxiliary, "loss", noting)
+    sam = model.new_sam()
+    head = torch.nn.Conv2d(model.WIDTH, auxiliary.CHANNELS, 1)
+    shapes = np.zeros((4, 2, auxiliary.SHAPE), np.float32)
+    train_sam.train(sam, head, images, maps, things_of_scene, shapes, 64, 6, 1e-4, False, rng)
+    assert len(asked) == 6
+    for picture, instances, surfaces, things, shade in asked:
+        assert torch.equal(things, picture[:, 0, ::2, ::2])
+        assert torch.equal(shade, picture[:, 1, ::2, ::2])
+        assert torch.equal(instances > 0, picture[:, 0, 4::8, 4::8])
+        assert torch.equal(surfaces > 0, picture[:, 2, 4::8, 4::8])
 
 
 def test_only_things_that_can_be_seen_have_a_shape():
@@ -212,6 +261,39 @@ def test_captions_compete_for_a_crop_and_those_that_claim_nothing_do_not():
     assert found.item() == pytest.approx((first + last) / 2, rel=1e-5)
 
 
+def test_regions_are_things_and_effects_and_some_more_often():
+    maps = np.zeros((5, 40, 40), np.uint8)
+    maps[0, :10, :10], maps[0, 20:30, 5:15] = 1, 3  # the second thing is hidden
+    maps[2, 30:, 30:] = 1  # a shadow
+    things = [{"kind": "ball"}, {"kind": "star"}, {"kind": "ring"}]
+    regions = {"ball": maps[0] == 1, "ring": maps[0] == 3, "shadow": maps[2] > 0,
+               "ground": (maps[0] == 0) & (maps[2] == 0)}
+    rng, counts = np.random.default_rng(0), dict.fromkeys(regions, 0)
+    for _ in range(2000):
+        drawn = train_clip.choose_region(maps, things, rng)
+        name, = [name for name, region in regions.items() if np.array_equal(region, drawn)]
+        counts[name] += 1
+    expected = {"ball": 0.85 / 7, "ring": 0.85 * 3 / 7, "shadow": 0.85 * 3 / 7, "ground": 0.15}
+    for name, share in expected.items():  # within four standard deviations
+        assert counts[name] / 2000 == pytest.approx(share, abs=4 * (share / 2000) ** 0.5), name
+
+
+def test_a_patch_is_named_for_what_covers_most_of_it():
+    maps = np.zeros((5, 10, 10), np.uint8)
+    maps[0, :, :4], maps[0, :, 4:] = 1, 2
+    maps[4, :7] = 1  # defocus on 70 %
+    things = [{"kind": kind, "colour": "red", "surface": "dots", "salient": False}
+              for kind in ("ring", "ball")]
+    everywhere = np.ones((10, 10), bool)
+    of_patch = train_clip.words_of(maps, things, everywhere, 0.5)
+    assert of_patch == {"blur", "ball", "red ball", "dots ball"}
+    of_region = train_clip.words_of(maps, things, everywhere, 0.2)
+    assert of_region == of_patch | {"ring", "red ring", "dots ring"}
+    maps[4, 1:] = 0  # 10 %
+    assert "blur" not in train_clip.words_of(maps, things, everywhere, 0.04)
+    assert "blur" in train_clip.words_of(maps, things, everywhere, 0.03)
+
+
 def test_a_patch_of_a_crop_lies_on_the_thing_or_right_beside_it():
     rng = np.random.default_rng(0)
     region = np.zeros((85, 85), bool)
@@ -224,6 +306,28 @@ def test_a_patch_of_a_crop_lies_on_the_thing_or_right_beside_it():
     assert any(on_thing) and not all(on_thing)
     weights = train_clip.patch_weights(patches[0])
     assert weights.sum() == pytest.approx(1) and weights.max() > 0.8  # it is the crop's own patch
+
+
+def test_single_patches_of_a_batch_are_judged_more_strictly_than_regions(monkeypatch):
+    maps = np.zeros((1, 5, 256, 256), np.uint8)
+    maps[0, 0, 20:220, 20:220] = 1
+    things = [[{"kind": "ball", "colour": "red", "surface": "dots", "salient": False}]]
+    monkeypatch.setattr(train_clip, "TRAIN", 1)
+    monkeypatch.setattr(train_clip, "BATCH", 1)
+    judged, words_of = [], train_clip.words_of
+
+    def noting(maps, things, region, least):
+        judged.append((region.mean(), least))
+        return words_of(maps, things, region, least)
+
+    monkeypatch.setattr(train_clip, "words_of", noting)
+    images = np.zeros((1, 256, 256, 3), np.uint8)
+    weights = train_clip.draw_batch(images, maps, things, np.random.default_rng(0))[1]
+    (crop, least), *regions = judged
+    assert (crop, least) == (1, 0.015)
+    assert len(regions) == weights.shape[1] == train_clip.REGIONS + train_clip.PATCHES
+    for (share, least), spread in zip(regions, (weights[0] > 0).sum(1), strict=True):
+        assert (least == 0.5) == (share < 0.02) == (spread <= 4)  # a patch is 1 / 64 of a crop
 
 
 def test_a_window_has_the_scale_of_the_maps_and_lies_in_the_scene():
@@ -268,12 +372,17 @@ def test_the_weights_are_small_float16_and_complete():
 
 
 @pytest.fixture(scope="module")
-def curve() -> np.ndarray:
-    """Mean IoU of the SAM stand-in after 1 to 8 corrective clicks, on scenes not trained on."""
+def held_out() -> tuple[np.ndarray, np.ndarray, list[list[dict]]]:
+    """Images, maps and things of the scenes that the stand-ins were not trained on."""
     drawn = [draw_small(TRAIN + index) for index in range(HELD_OUT)]
     images, maps, things = zip(*drawn)
-    sam = model.build_sam()
-    ious, _ = corrective_clicks(sam, np.stack(images), np.stack(maps), list(things), 8)
+    return np.stack(images), np.stack(maps), list(things)
+
+
+@pytest.fixture(scope="module")
+def curve(held_out) -> np.ndarray:
+    """Mean IoU of the SAM stand-in after 1 to 8 corrective clicks."""
+    ious, _ = corrective_clicks(model.build_sam(), *held_out, 8)
     return ious.mean(0).numpy()
 
 
@@ -282,6 +391,20 @@ def test_the_sam_stand_in_reaches_its_mark_after_3_clicks(curve):
     assert curve[7] > curve[2] > curve[0] > 0.3, curve
 
 
-@pytest.mark.xfail(strict=True, reason="the stand-in falls short of its mark: 0.843")
 def test_the_sam_stand_in_reaches_its_mark_after_8_clicks(curve):
     assert curve[7] >= 0.85, curve
+
+
+def test_the_maps_of_the_clip_stand_in_find_what_each_text_names(held_out):
+    some = [part[:train_clip.REPORT] for part in held_out]
+    clip, tokenizer = clip_weights.load_clip("demo", "cpu")
+    scores = train_clip.report(clip, tokenizer, *some)
+    assert len(scores) == 4 + len(scenes.KINDS)
+    for text, (hit, chance) in scores.items():
+        if text == "blurred region":
+            mark = chance + 0.1
+        elif text == "ring":  # which reaches 2 x chance by one scene: another machine may not
+            mark = 1.5 * chance
+        else:
+            mark = 2 * chance
+        assert hit >= mark, text

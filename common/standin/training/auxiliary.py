@@ -3,9 +3,9 @@
 SAM's encoder starts from masked pretraining and then sees a billion masks, so its features know
 more than edges: how a surface looks, and which things have the same shape. A small encoder that
 learns from clicks alone knows edges only. Therefore a linear head asks each cell of the embedding
-how the place is painted, for statistics of the image around it, and for the shape of the thing
-there, and whether the light reaches it. It never asks for the names of kinds, nor for mirrors, blur
-or saliency.
+how the place is painted, for statistics of the image around it, for the shape of the thing there,
+and which of its 4 x 4 mask pixels show a thing and which lie in the shade. It never asks for the
+names of kinds, nor for mirrors, blur or saliency.
 """
 
 import os
@@ -25,8 +25,10 @@ STATISTICS = 15  # channels of what `statistics` returns
 # Offsets to the centre are shares of the image. Multiplied by this, they vary about as much as the
 # other numbers.
 CENTRE = 12
-OUTLINE = 2  # weight of the shape loss; the other four losses have weight 1
-CHANNELS = len(SURFACES) + STATISTICS + 2 + SHAPE  # of the linear head
+FINE = 4  # pixels of a mask along a cell; things and shade are asked for as finely as masks are
+OUTLINE, SHADE = 2, 4  # weights of the losses of shape and shade; the other three have weight 1
+SECTIONS = (len(SURFACES), STATISTICS, FINE ** 2, FINE ** 2, SHAPE)  # what the head answers
+CHANNELS = sum(SECTIONS)
 LEAST_PIXELS = 12  # a thing of which fewer show has no shape
 
 
@@ -124,18 +126,17 @@ def statistics(images: Tensor) -> Tensor:
 
 
 def loss(answers: Tensor, images: Tensor, instances: Tensor, surfaces: Tensor,
-         shade: Tensor, shapes: Tensor) -> Tensor:
+         things: Tensor, shade: Tensor, shapes: Tensor) -> Tensor:
     """How far the head's answers (B, CHANNELS, g, g) are from the truth, a scalar.
 
-    images: (B, 3, S, S) float in 0..255. instances, surfaces, shade: (B, g, g) int64, at the cells'
-    centres; shade is above 0 where something keeps the light away. shapes: (B, n, 11) as from
-    `shapes_of_scenes`. The head answers, in this order, with logits of the surface, the statistics,
-    logits of "a thing is here" and "no light is here", and the thing's shape, in which offsets from
-    the cell stand in place of the centre. Cells without a thing, or with one that has no shape, do
-    not count in the shape loss.
+    images: (B, 3, S, S) float in 0..255. instances, surfaces: (B, g, g) int64, at the cells'
+    centres. things, shade: (B, 4 g, 4 g) bool, where a thing is and where something keeps the light
+    away. shapes: (B, n, 11) as from `shapes_of_scenes`. The head answers, in this order, with
+    logits of the surface, the statistics, logits of things and of shade at the cell's 16 mask
+    pixels, row by row, and the thing's shape, in which offsets from the cell stand in place of the
+    centre. Cells without a thing, or with one that has no shape, do not count in the shape loss.
     """
-    sections = (len(SURFACES), STATISTICS, 2, SHAPE)
-    surface, numbers, presence, shape = answers.split(sections, 1)
+    surface, numbers, thing, dark, shape = answers.split(SECTIONS, 1)
 
     scene = torch.arange(len(shapes), device=shapes.device)[:, None, None]
     shape_of_cell = shapes[scene, instances].permute(0, 3, 1, 2)
@@ -148,10 +149,14 @@ def loss(answers: Tensor, images: Tensor, instances: Tensor, surfaces: Tensor,
     known = ~truth[:, :1].isnan()
     squares = (shape - truth.nan_to_num()) ** 2 * known
 
+    def of_fine(logits: Tensor, fine: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, 16, g, g) with fine (B, 4 g, 4 g) bool, a scalar."""
+        in_cells = F.pixel_unshuffle(fine[:, None].float(), FINE)
+        return F.binary_cross_entropy_with_logits(logits, in_cells)
+
     surface_loss = F.cross_entropy(surface, surfaces)
     statistics_loss = F.mse_loss(numbers, statistics(images))
-    present = torch.stack([instances > 0, shade > 0], 1).float()
-    thing_loss, shade_loss = F.binary_cross_entropy_with_logits(
-        presence, present, reduction="none").mean((0, 2, 3))
+    thing_loss, shade_loss = of_fine(thing, things), of_fine(dark, shade)
     shape_loss = squares.sum() / (SHAPE * known.sum()).clamp(min=1)
-    return surface_loss + statistics_loss + thing_loss + shade_loss + OUTLINE * shape_loss
+    return (surface_loss + statistics_loss + thing_loss + SHADE * shade_loss
+            + OUTLINE * shape_loss)

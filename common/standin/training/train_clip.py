@@ -55,6 +55,9 @@ CROP = 64
 # more looks blurred.
 SCALES = 0.8, 1.25
 PATCH = 8  # pixels a side of a patch, as in clip_config.json
+# How often crops and regions show an effect or a kind, in shares of how often they show any other
+# kind. Rings are the hardest: a piece of one is a piece of anything.
+SHARES = {"shadow": 3, "mirror": 3, "blur": 3, "ring": 3}
 EFFECT_WORDS = {  # how captions may call an effect
     "shadow": ("shadow", "shadow", "cast shadow"),
     "mirror": ("mirror", "mirror", "glass"),
@@ -67,12 +70,12 @@ def words_of(maps: np.ndarray, things: list[dict], region: np.ndarray, least: fl
     """What is true of a region of a scene: kinds, colours and surfaces with kinds, effects.
 
     maps: (5, s, s), as from `load_scenes`. region: (s, s) bool. A thing is named where it covers
-    more than `least` of the region, and an effect where it covers three times that.
+    more than `least` of the region, and an effect where it covers three times that, or 0.6.
     """
     inside = maps[:, region]
     words = set()
     for name, effect in zip(("shadow", "mirror", "blur"), inside[2:]):
-        if (effect > 0).mean() > 3 * least:
+        if (effect > 0).mean() > min(3 * least, 0.6):
             words.add(name)
     areas = np.bincount(inside[0], minlength=len(things) + 1)[1:]
     for thing, area in zip(things, areas, strict=True):
@@ -102,21 +105,22 @@ def write_caption(words: set[str], rng: np.random.Generator) -> tuple[str, set[s
     return TEMPLATES[rng.integers(len(TEMPLATES))](spoken), {word}
 
 
-def choose_region(maps: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def choose_region(maps: np.ndarray, things: list[dict], rng: np.random.Generator) -> np.ndarray:
     """One thing, one effect or, now and then, the bare ground: a region (s, s) bool.
 
-    maps: (5, s, s). count: things in the scene. An effect is as likely as three things.
+    maps: (5, s, s). things: of the scene.
     """
-    instances, effects = maps[0], [layer > 0 for layer in maps[2:] if layer.any()]
-    numbers = 1 + np.flatnonzero(np.bincount(instances.ravel(), minlength=count + 1)[1:])
-    options = len(numbers) + 3 * len(effects)
+    instances = maps[0]
+    numbers = np.flatnonzero(np.bincount(instances.ravel(), minlength=1 + len(things))[1:])
+    options = {number: SHARES.get(things[number]["kind"], 1) for number in numbers}
+    effects = dict(zip(("shadow", "mirror", "blur"), maps[2:] > 0, strict=True))
+    options |= {name: SHARES[name] for name, layer in effects.items() if layer.any()}
     if rng.random() < 0.15 or not options:
         ground = (instances == 0) & ~maps[2:].any(0)
         return ground if ground.any() else np.ones_like(ground)
-    choice = int(rng.integers(options))
-    if choice < len(numbers):
-        return instances == numbers[choice]
-    return effects[(choice - len(numbers)) // 3]
+    shares = np.array(list(options.values()))
+    choice = list(options)[rng.choice(len(options), p=shares / shares.sum())]
+    return effects[choice] if choice in effects else instances == choice + 1
 
 
 def choose_window(region: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
@@ -157,20 +161,23 @@ def draw_batch(images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
     """
     crops, weights, captions, claims, crop_words, region_words = [], [], [], [], [], []
     for row in rng.choice(TRAIN, BATCH, replace=False):
-        count, scene_maps = len(things[row]), np.array(maps[row])
-        rows, columns = choose_window(choose_region(scene_maps, count, rng), rng)
+        scene_maps = np.array(maps[row])
+        rows, columns = choose_window(choose_region(scene_maps, things[row], rng), rng)
         flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
         crop_maps = np.ascontiguousarray(scene_maps[:, rows, columns][..., flip])
         crop = Image.fromarray(images[row][rows, columns][:, flip])
         crops.append(np.asarray(crop.resize((CROP, CROP), Image.BILINEAR)))
 
-        regions = [choose_region(crop_maps, count, rng) for _ in range(REGIONS)]
-        regions += [choose_patch(choose_region(crop_maps, count, rng), rng)
+        regions = [choose_region(crop_maps, things[row], rng) for _ in range(REGIONS)]
+        regions += [choose_patch(choose_region(crop_maps, things[row], rng), rng)
                     for _ in range(PATCHES)]
         weights.append(np.stack([patch_weights(region) for region in regions]))
         everywhere = np.ones_like(regions[0])
         crop_words.append(words_of(crop_maps, things[row], everywhere, 0.015))
-        words = [words_of(crop_maps, things[row], region, 0.2) for region in regions]
+        # a patch is named for what covers most of it, or maps would be high beside thin things
+        least = [0.2] * REGIONS + [0.5] * PATCHES
+        words = [words_of(crop_maps, things[row], region, share)
+                 for region, share in zip(regions, least, strict=True)]
         region_words.append(words)
         caption, claimed = write_caption(words[0], rng)
         captions.append(caption)
@@ -243,8 +250,11 @@ def masks_of(instances: np.ndarray, things: list[list[dict]],
 
 
 def report(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, images: np.ndarray,
-           maps: np.ndarray, things: list[list[dict]]) -> None:
-    """Prints the pointing game's accuracy and chance for each text, on held-out scenes."""
+           maps: np.ndarray, things: list[list[dict]]) -> dict[str, tuple[float, float]]:
+    """Prints and returns the pointing game's accuracy and chance for each text, on these scenes.
+
+    images: (N, s, s, 3) uint8. maps: (N, 5, s, s), as from `load_scenes`.
+    """
     instances, shadow, mirror, blur = maps[:, 0], maps[:, 2] > 0, maps[:, 3] > 0, maps[:, 4] > 0
     salient = masks_of(instances, things, lambda thing: thing["salient"])
     kinds = [masks_of(instances, things, lambda thing, kind=kind: thing["kind"] == kind)
@@ -254,11 +264,14 @@ def report(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, images: 
         ("shadow",): [shadow], ("mirror",): [mirror], ("blurred region",): [blur],
         ("salient object",): [salient], KINDS: kinds,
     }
+    scores = {}
     for texts, masks in targets.items():
         surgery = ClipSurgery(model, tokenizer, 3 * CROP, texts)
-        scores = pointing_game(surgery, images, np.stack(masks, 1))
-        for text, (hit, chance) in zip(texts, scores, strict=True):
-            print(f"  {text}: pointing game {hit:.3f}, chance {chance:.3f}", flush=True)
+        found = pointing_game(surgery, images, np.stack(masks, 1))
+        scores |= dict(zip(texts, found, strict=True))
+    for text, (hit, chance) in scores.items():
+        print(f"  {text}: pointing game {hit:.3f}, chance {chance:.3f}", flush=True)
+    return scores
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python -m common.standin.training.train_sam
 
-We estimate two hours on both threads of a 2-core CPU. The first phases see smaller pictures,
+We estimate three hours on both threads of a 2-core CPU. The first phases see smaller pictures,
 since the encoder is convolutional and the cost of a step grows with the picture.
 
 Each step embeds a batch of scenes and asks for one target in each. Some batches are prompted as
@@ -46,12 +46,13 @@ PHASES = (  # pixels a side, optimiser steps, greatest rate, with clicks or the 
     (192, 5000, 6e-4, True),
     (IMAGE_SIZE, 2000, 4e-4, True),
     (IMAGE_SIZE, 450, 2.5e-4, True),
+    (IMAGE_SIZE, 1900, 3e-4, True),
 )
 BATCH = 16  # scenes a step
 AUXILIARY = 0.3  # weight of the auxiliary loss; the loss of the clicks has weight 1
 ONE_BY_ONE = 0.4  # share of the batches that are prompted as the test prompts them
 SHARES = {  # how often each sort of target is drawn: shadows more often, as they are the hardest
-    "thing": 0.32, "kind": 0.14, "union": 0.14, "shadow": 0.24, "mirror": 0.09, "blur": 0.07,
+    "thing": 0.28, "kind": 0.12, "union": 0.12, "shadow": 0.32, "mirror": 0.09, "blur": 0.07,
 }
 TEST_SHARES = {  # and in the test
     "thing": 0.36, "kind": 0.16, "union": 0.16, "shadow": 0.14, "mirror": 0.1, "blur": 0.08,
@@ -455,9 +456,11 @@ def train(sam: Sam, head: nn.Module, images: np.ndarray, maps: np.ndarray, thing
             inputs = sam.preprocess(pictures).contiguous(memory_format=torch.channels_last)
             embeddings = sam.image_encoder(inputs)
         embeddings = embeddings.float().contiguous()
-        at_centres = batch_maps[:, :3, STRIDE // 2::STRIDE, STRIDE // 2::STRIDE].copy()
-        instances, surfaces, shade = torch.from_numpy(at_centres).long().to(DEVICE).unbind(1)
-        loss = auxiliary.loss(head(embeddings), pictures, instances, surfaces, shade,
+        at_centres = batch_maps[:, :2, STRIDE // 2::STRIDE, STRIDE // 2::STRIDE].copy()
+        instances, surfaces = torch.from_numpy(at_centres).long().to(DEVICE).unbind(1)
+        fine = batch_maps[:, ::2, ::PIXEL, ::PIXEL] > 0  # things, shadows and blur
+        things_here, shade, _ = torch.from_numpy(fine).to(DEVICE).unbind(1)
+        loss = auxiliary.loss(head(embeddings), pictures, instances, surfaces, things_here, shade,
                               torch.from_numpy(batch_shapes).to(DEVICE))
         optimizer.zero_grad()
 
