@@ -174,7 +174,7 @@ def draw_batch(images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
         weights.append(np.stack([patch_weights(region) for region in regions]))
         everywhere = np.ones_like(regions[0])
         crop_words.append(words_of(crop_maps, things[row], everywhere, 0.015))
-        # a patch is named for what covers most of it, or maps would be high beside thin things
+        # a patch is named for what covers half of it: a map is read at the middle of a cell
         least = [0.2] * REGIONS + [0.5] * PATCHES
         words = [words_of(crop_maps, things[row], region, share)
                  for region, share in zip(regions, least, strict=True)]
