@@ -278,7 +278,7 @@ def test_regions_are_things_and_effects_and_some_more_often():
         assert counts[name] / 2000 == pytest.approx(share, abs=4 * (share / 2000) ** 0.5), name
 
 
-def test_a_patch_is_named_for_what_covers_most_of_it():
+def test_a_patch_is_named_for_what_covers_half_of_it():
     maps = np.zeros((5, 10, 10), np.uint8)
     maps[0, :, :4], maps[0, :, 4:] = 1, 2
     maps[4, :7] = 1  # defocus on 70 %
@@ -396,15 +396,8 @@ def test_the_sam_stand_in_reaches_its_mark_after_8_clicks(curve):
 
 
 def test_the_maps_of_the_clip_stand_in_find_what_each_text_names(held_out):
-    some = [part[:train_clip.REPORT] for part in held_out]
-    clip, tokenizer = clip_weights.load_clip("demo", "cpu")
-    scores = train_clip.report(clip, tokenizer, *some)
+    scores = train_clip.report(*clip_weights.load_clip("demo", "cpu"), *held_out)
     assert len(scores) == 4 + len(scenes.KINDS)
     for text, (hit, chance) in scores.items():
-        if text == "blurred region":
-            mark = chance + 0.1
-        elif text == "ring":  # which reaches 2 x chance by one scene: another machine may not
-            mark = 1.5 * chance
-        else:
-            mark = 2 * chance
-        assert hit >= mark, text
+        # twice as much as chance would be more than always for blur, which is on half of a picture
+        assert hit >= (chance + 0.1 if text == "blurred region" else 2 * chance), text

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from common.frozen.clip_surgery import TEMPLATES, ClipSurgery, surgery_tokens
 from common.frozen.clip_weights import STANDIN
 from common.standin.scenes import KINDS
-from common.standin.training.store import load_scenes
+from common.standin.training.store import FIELDS, load_scenes
 from common.standin.training.train_sam import BF16, HELD_OUT, SCENES, TRAIN
 
 STEPS = 3600  # optimiser steps
@@ -45,7 +45,6 @@ REGIONS = 4  # of each crop: a thing must look different from what lies beside i
 PATCHES = 8  # of each crop: single patches that are regions of their own
 LEARNING_RATE = 1e-3  # of AdamW: a warm-up, then cosine to zero
 WARM_UP = 200  # steps
-REPORT = 150  # held-out scenes of the pointing game
 SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Pixels a side of a crop, which shows a thing or two. Maps are made of images three times as large:
@@ -74,7 +73,7 @@ def words_of(maps: np.ndarray, things: list[dict], region: np.ndarray, least: fl
     """
     inside = maps[:, region]
     words = set()
-    for name, effect in zip(("shadow", "mirror", "blur"), inside[2:]):
+    for name, effect in zip(FIELDS[2:], inside[2:], strict=True):
         if (effect > 0).mean() > min(3 * least, 0.6):
             words.add(name)
     areas = np.bincount(inside[0], minlength=len(things) + 1)[1:]
@@ -113,7 +112,7 @@ def choose_region(maps: np.ndarray, things: list[dict], rng: np.random.Generator
     instances = maps[0]
     numbers = np.flatnonzero(np.bincount(instances.ravel(), minlength=1 + len(things))[1:])
     options = {number: SHARES.get(things[number]["kind"], 1) for number in numbers}
-    effects = dict(zip(("shadow", "mirror", "blur"), maps[2:] > 0, strict=True))
+    effects = dict(zip(FIELDS[2:], maps[2:] > 0, strict=True))
     options |= {name: SHARES[name] for name, layer in effects.items() if layer.any()}
     if rng.random() < 0.15 or not options:
         ground = (instances == 0) & ~maps[2:].any(0)
@@ -289,7 +288,7 @@ def main() -> None:
                                                    pct_start=WARM_UP / STEPS)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=DEVICE).view(3, 1, 1)
     deviation = torch.tensor(open_clip.OPENAI_DATASET_STD, device=DEVICE).view(3, 1, 1)
-    held_out = slice(TRAIN, TRAIN + REPORT)
+    held_out = slice(TRAIN, TRAIN + HELD_OUT)
     started, losses = time.time(), []
 
     for step in range(1, STEPS + 1):

@@ -60,7 +60,8 @@ TEST_SHARES = {  # and in the test
 SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda"  # on a CPU without matrix instructions the way back is slower with it
-PIXEL = 2  # pixels a side of one of the decoder's low-resolution masks; targets are as coarse
+# pixels a side of one of the decoder's low-resolution masks; targets are as coarse
+PIXEL = STRIDE // auxiliary.FINE
 LEAST_TARGET, GREATEST_TARGET = 1 / 768, 0.8  # shares of the scene
 PATCHES = 10  # a side, as many as AlignSAM's agent has
 
@@ -458,8 +459,8 @@ def train(sam: Sam, head: nn.Module, images: np.ndarray, maps: np.ndarray, thing
         embeddings = embeddings.float().contiguous()
         at_centres = batch_maps[:, :2, STRIDE // 2::STRIDE, STRIDE // 2::STRIDE].copy()
         instances, surfaces = torch.from_numpy(at_centres).long().to(DEVICE).unbind(1)
-        fine = batch_maps[:, ::2, ::PIXEL, ::PIXEL] > 0  # things, shadows and blur
-        things_here, shade, _ = torch.from_numpy(fine).to(DEVICE).unbind(1)
+        fine = batch_maps[:, :3:2, ::PIXEL, ::PIXEL] > 0  # things and shadows
+        things_here, shade = torch.from_numpy(fine).to(DEVICE).unbind(1)
         loss = auxiliary.loss(head(embeddings), pictures, instances, surfaces, things_here, shade,
                               torch.from_numpy(batch_shapes).to(DEVICE))
         optimizer.zero_grad()
