@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.cache import Cache
 from common.metrics import summarise
 from common.results import own_images
 from common.results.given_masks import open_all, split
@@ -362,6 +363,19 @@ def test_masks_alone_are_scored_with_rows_none(place, workplace):
     assert not (place / "runs/folder/rivals-report.html").exists()
     done = run(place, "04_evaluate.py", "ROWS=none")
     assert done.returncode == 1 and "ROWS names 'none'" in done.stderr
+
+
+@pytest.mark.parametrize("stored, recorded", [
+    ('{"training": {"steps": 500}}', {"training": {"steps": 500}}), ('{"training": 5}', {}),
+    ('{"masks": []}', {}), ("[]", {}), ("{", {}), ("", {})])
+def test_the_record_says_how_masks_were_trained_where_peft_says_so(
+        place, workplace, stored, recorded):
+    shutil.copytree(workplace / "data/test/masks", place / "rival")
+    (place / "rival/masks.json").write_text(stored)
+    cache = Cache.open(place / "runs/folder/features.h5", "folder")
+    _, records = open_all("rival:rival", OWN, cache, cache.samples("test"))
+    digest = records["rival"]["digest"]
+    assert records == {"rival": {"folder": "rival", "digest": digest, "resized": 0} | recorded}
 
 
 def test_faulty_masks_end_stage_4_in_one_sentence_before_it_computes(place, workplace):

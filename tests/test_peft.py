@@ -16,6 +16,7 @@ from segment_anything.modeling import Sam
 from common.frozen.mobile_sam import build_mobile_sam
 from common.frozen.sam import SamEmbedder, full_masks, squash
 from common.images import load_image
+from common.results import given_masks
 from common.results.pictures import save_picture
 from common.rivals import adapters, lora, peft
 from common.rivals.finetuned import FineTuned, loss, low_resolution, turned
@@ -342,7 +343,10 @@ def test_masks_are_written_under_the_names_and_in_the_sizes_of_the_images(
     assert log[0] == "step,loss,learning_rate" and [row[0] for row in log[1:]] == ["1", "2"]
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"next: python 04_evaluate.py TASK=folder RUN_DIR={folder} FEATURES={peft.FEATURES} "
-        f"MASKS={method}:{masks}")
+        f"ROWS=none MASKS={method}:{masks} RESULTS={method.lower()}.json")
+    training = given_masks.training_of(masks)["training"]
+    assert training == state_of(folder, method.lower())["settings"]
+    assert (training["method"], training["steps"], training["warm_up"]) == (method, 2, 1)
 
 
 def test_a_checkpoint_holds_trained_weights_alone(train_in):

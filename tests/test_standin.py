@@ -12,8 +12,9 @@ from common.datasets import list_samples
 from common.frozen import clip_weights
 from common.images import load_image
 from common.label_maps import load_label_map
+from common.runtime.errors import UserError
 from common.standin import model, scenes
-from common.standin.training import auxiliary, train_clip, train_sam
+from common.standin.training import auxiliary, store, train_clip, train_sam
 from common.standin.training.store import draw_small
 from common.standin.training.train_sam import HELD_OUT, TRAIN, corrective_clicks
 from common.tasks import DEMO_CLASSES, get_task
@@ -48,6 +49,43 @@ def test_training_scenes_are_no_scenes_of_a_demo_task(monkeypatch):
     assert trained_on == {(0, 0)}
     assert {seed[:2] for seed in seeds} == {(0, 1)}  # so none can be the same
     assert len(set(seeds)) == len(seeds)
+
+
+def test_kept_scenes_are_used_again_but_none_of_another_generator_or_size(tmp_path):
+    folder = tmp_path / "scenes"
+    images, maps, things = store.load_scenes(folder, 2)
+    image, its_maps, its_things = draw_small(1)
+    assert np.array_equal(images[1], image) and np.array_equal(maps[1], its_maps)
+    assert things[1] == json.loads(json.dumps(its_things))
+    times = [path.stat().st_mtime_ns for path in folder.iterdir()]
+    assert len(store.load_scenes(folder, 1)[0]) == 1
+    assert times == [path.stat().st_mtime_ns for path in folder.iterdir()]
+    with pytest.raises(SystemExit, match="holds 2 scenes, but 3 are needed: delete the folder"):
+        store.load_scenes(folder, 3)
+    content = json.loads((folder / "things.json").read_text())
+    for other in (content | {"generator": 0}, content | {"side": 192}, content["things"]):
+        (folder / "things.json").write_text(json.dumps(other))
+        with pytest.raises(SystemExit, match="scenes of another generator or size: delete the"):
+            store.load_scenes(folder, 2)
+
+
+def test_weights_that_are_missing_damaged_or_another_models_are_named(tmp_path, monkeypatch):
+    path = tmp_path / "sam.safetensors"
+    monkeypatch.setattr(model, "WEIGHTS", path)
+    mend = "restore it from the repository, or train it with `make standin`"
+    with pytest.raises(UserError, match=f"sam.safetensors does not exist: {mend}"):
+        model.build_sam()
+    store.save_weights(torch.nn.Linear(2, 2), path)
+    with pytest.raises(UserError, match=f"sam.safetensors is damaged or another.*: {mend}"):
+        model.build_sam()
+    sam = model.new_sam()
+    store.save_weights(sam, path)
+    assert list(tmp_path.iterdir()) == [path]
+    for name, value in model.build_sam().state_dict().items():
+        assert torch.equal(value, sam.state_dict()[name].half().float())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"sam.safetensors is damaged or another.*: {mend}"):
+        model.build_sam()
 
 
 def test_the_shape_of_a_thing_is_told_by_its_outline():

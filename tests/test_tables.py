@@ -46,8 +46,14 @@ def results_of(given: dict[str, str], trained: dict, score: float) -> dict:
             "rounds": rounds, "evaluation_seed": int(given["SEED"]), "sample_actions": False,
             "rows": dict.fromkeys(rows, row), "iou_per_round": dict.fromkeys(rows, after_rounds),
             "iou_per_round_per_class": per_round,
-            **({"given_masks": {row: {"folder": folder} for row, folder in masks.items()}}
+            **({"given_masks": {row: record_of(folder) for row, folder in masks.items()}}
                if masks else {})}
+
+
+def record_of(folder: str) -> dict:
+    listed = Path(folder, "masks.json")
+    training = {"training": json.loads(listed.read_text())} if listed.exists() else {}
+    return {"folder": folder} | training
 
 
 def class_scores(mean: float, pooled: float) -> dict:
@@ -80,16 +86,17 @@ def scripts(monkeypatch, tmp_path):
             trained.setdefault(folder, dict(RECIPE))
             trained[folder].update({name.lower(): typed(value) for name, value in given.items()
                                     if name not in ("RUN_DIR", "FEATURES", "DEVICE")})
+            trained[folder]["srm"] = (folder / "srm.pt").read_text()
         if script == "-m common.rivals.peft":
             method = given["METHOD"].lower()
-            (folder / f"{method}_masks").mkdir()
-            (folder / f"{method}_masks" / "shots").write_text(given.get("SHOTS", "all"))
+            (folder / f"{method}_masks").mkdir(exist_ok=True)
+            (folder / f"{method}_masks" / "masks.json").write_text(json.dumps(
+                {"steps": 500, "seed": int(given["SEED"]), "shots": int(given.get("SHOTS", 0))}))
         if script.startswith("04"):
             for masks in given.get("MASKS", "").split(","):
                 if "_masks" in masks:  # as many shots as the agent's folder
-                    shots = Path(masks.split(":")[1], "shots").read_text()
-                    assert shots == {0: "all"}.get(trained[folder]["shots"],
-                                                   str(trained[folder]["shots"]))
+                    assert record_of(masks.split(":")[1])["training"]["shots"] == (
+                        trained[folder]["shots"])
             score = 0.4 + 0.1 * int(given["SEED"]) + (0.05 if "explicit" in str(folder) else 0)
             content = results_of(given, trained.get(folder, {}), score)
             (folder / given["RESULTS"]).write_text(json.dumps(content))
@@ -284,6 +291,73 @@ def test_samed_and_msa_are_trained_beside_each_agent_and_stand_in_tables_2_3_and
     content["rows"].pop("MSA")
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="rivals.json lacks the row MSA: delete it"):
+        tables.main()
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda training: training.update(steps=1500), "was made with STEPS=1500, and now it is 500"),
+    (lambda training: training.update(seed=0), "was made with SEED=0, and now it is 1"),
+    (lambda training: training.update(shots=20), "was made with SHOTS=20, and now it is 0")])
+def test_samed_and_msa_are_of_one_recipe(scripts, monkeypatch, change, said):
+    monkeypatch.setattr(tables, "SEEDS", (0, 1))
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("rivals",))
+    tables.main()
+    path = Path("runs/demo_saliency-seed1/rivals.json")
+    content = json.loads(path.read_text())
+    change(content["given_masks"]["MSA"]["training"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"seed1/rivals.json {said}: move runs/.*-seed1 away"):
+        tables.main()
+
+
+def test_results_that_do_not_say_how_rivals_were_trained_are_named(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("rivals",))
+    tables.main()
+    path = Path("runs/demo_saliency-seed0/rivals.json")
+    content = json.loads(path.read_text())
+    content["given_masks"]["SAMed"].pop("training")
+    for changed in (content, {name: its for name, its in content.items() if name != "given_masks"}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match="rivals.json does not say how SAMed was trained: del"):
+            tables.main()
+    path.unlink()
+    tables.main()
+
+
+def test_a_row_of_masks_never_takes_the_place_of_one_that_is_trained(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "MASKS", "SEEM:seem, SAMed :theirs")
+    with pytest.raises(UserError, match="MASKS names the row SAMed, which is trained here too"):
+        tables.main()
+    assert not scripts
+    monkeypatch.setattr(tables, "MASKS", "SAMed:theirs")
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
+    tables.main()
+    assert "SAMed" in tables_of("demo_saliency")["Tables 2 and 3: the method and its ablations"]
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (), (1, -1)])
+def test_seeds_that_say_nothing_of_the_spread_are_refused(scripts, monkeypatch, seeds):
+    monkeypatch.setattr(tables, "SEEDS", seeds)
+    with pytest.raises(UserError, match="^SEEDS=.* name each seed once"):
+        tables.main()
+
+
+@pytest.mark.parametrize("file, stale", [
+    ("demo_saliency-seed1/T20.json", r"seed1/T20\.json"),
+    ("demo_saliency-seed1/rivals.json", r"seed1/rivals\.json"),
+    ("demo_saliency-seed1-rounds5/results.json", "seed1-rounds5")])
+def test_results_with_another_srm_than_the_seeds_own_are_not_taken(
+        scripts, monkeypatch, file, stale):
+    monkeypatch.setattr(tables, "SEEDS", (0, 1))
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("iterations", "rivals"))
+    monkeypatch.setattr(tables, "FIGURE7", True)
+    tables.main()
+    path = Path("runs", file)
+    content = json.loads(path.read_text())
+    content["trained"]["srm"] = "another"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"was made from another srm file .*: move runs/[^/]*{stale}"
+                                        " away"):
         tables.main()
 
 

@@ -7,6 +7,7 @@ text, 255 = no text. Other files in the folder are not used.
 """
 
 import hashlib
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from common.runtime import distributed
 from common.runtime.errors import UserError, some
 from common.runtime.progress import progress
 from common.tasks import get_task
+
+LISTED = "masks.json"  # beside masks that common.rivals.peft has written: what made them
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def open_all(given: str, own_rows: Collection[str], cache: Cache,
 
     given: the constant MASKS, see `split`. samples: the test samples, int (S, 2).
     Returns {row: its masks} and {row: its record}: the folder, a digest of all masks as they are
-    scored, and how many of them are resized.
+    scored, how many of them are resized, and how they were trained, where peft has written them.
     Raises UserError that names all masks which are missing or cannot be used, the first ten of them
     with their faults.
     """
@@ -91,7 +94,7 @@ def open_all(given: str, own_rows: Collection[str], cache: Cache,
                 bad[path] = str(error)  # once, if several samples share an indexed picture
         faults += bad.values()
         records[row] = {"folder": str(folder), "digest": digest.hexdigest()[:16],
-                        "resized": resized}
+                        "resized": resized, **training_of(folder)}
         said = f"{row}: {len(samples)} masks from {folder}"
         if resized:
             said += f", {resized} of them resized to their images (nearest pixel)"
@@ -103,6 +106,15 @@ def open_all(given: str, own_rows: Collection[str], cache: Cache,
     if faults:
         raise UserError("; ".join(faults))
     return masks, records
+
+
+def training_of(folder: Path) -> dict[str, dict]:
+    """{"training": settings} of the program that has written these masks; empty if none says so."""
+    try:
+        content = json.loads((folder / LISTED).read_text(encoding="utf-8"))
+        return {"training": dict(content["training"])}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 def split(given: str, own_rows: Collection[str]) -> dict[str, Path]:

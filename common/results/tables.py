@@ -137,7 +137,7 @@ def run_experiments(wanted: set[str], branch: str, identity: str, shots: int) ->
 
     identity: the cache's. shots: training samples in it.
     """
-    runs, first = {}, None
+    runs, first, first_rivals = {}, None, None
     for name, columns in experiments(branch, shots).items():
         if name not in wanted:
             continue
@@ -147,7 +147,17 @@ def run_experiments(wanted: set[str], branch: str, identity: str, shots: int) ->
                 content = run_stages(TASK, seed, experiment, identity, first)
                 runs[name][column].append(content)
                 first = first or content
+                if experiment.rivals is not None:
+                    first_rivals = first_rivals or content
+                    asked = {"seed": seed, "shots": experiment.rivals.get("SHOTS", 0)}
+                    require_trained_alike(place_of(TASK, seed, experiment), content, first_rivals,
+                                          asked)
     return runs
+
+
+def place_of(task: str, seed: int, experiment: Experiment) -> Path:
+    """Where the results of an experiment lie."""
+    return Path("runs") / f"{task}-seed{seed}{experiment.suffix}" / experiment.results
 
 
 def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
@@ -156,9 +166,8 @@ def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
 
     identity: the cache's. like: results of the task's first main run; see `require_asked`.
     """
-    main = Path("runs") / f"{task}-seed{seed}"
-    folder = main.with_name(main.name + experiment.suffix)
-    path, rivals = folder / experiment.results, experiment.rivals
+    path, rivals = place_of(task, seed, experiment), experiment.rivals
+    main, folder = Path("runs") / f"{task}-seed{seed}", path.parent
     masks = experiment.evaluation.get("MASKS")
     if not path.exists() or masks and rivals is None:  # given masks may have changed since
         same = {"TASK": task, "RUN_DIR": folder, "FEATURES": f"runs/{task}/features.h5",
@@ -185,6 +194,10 @@ def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
     rows = {("all",): _NAMED, ("none",): () if rivals is None else METHODS}.get(asked, asked)
     content = read_results(path, task, tuple(rows))
     require_asked(path, content, experiment, seed, identity, like or content)
+    if experiment.srm is None:  # the SRM must be that of the agent which the results stand beside
+        beside, stale = (folder, path) if experiment.agent is None else (main, folder)
+        srm = read_results(beside / "results.json", task, ())["trained"]["srm"]
+        require_same(path, content["trained"], {"srm": srm}, mend=move_away(stale))
     return content
 
 
@@ -247,9 +260,26 @@ def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, 
     training = {name: value for name, value in like["trained"].items() if name not in follows}
     evaluation = {"rounds": experiment.evaluation.get("ROUNDS", like["rounds"]),
                   "sample_actions": like["sample_actions"], "evaluation_seed": seed}
-    mend = f"move {path.parent} away, or delete it, and run the same command again"
-    require_same(path, content["trained"], training | asked, mend=mend)
-    require_same(path, content, evaluation, mend=mend)
+    require_same(path, content["trained"], training | asked, mend=move_away(path.parent))
+    require_same(path, content, evaluation, mend=move_away(path.parent))
+
+
+def require_trained_alike(path: Path, content: dict, like: dict, asked: dict) -> None:
+    """Raises UserError where SAMed or MSA of the results at `path` had other constants of peft.
+
+    content: these results. like: the first ones of SAMed and MSA for this task, whose settings
+    these must have, but for those in `asked`.
+    """
+    for method in METHODS:
+        training = content.get("given_masks", {}).get(method, {}).get("training")
+        if training is None:
+            raise UserError(f"{path} does not say how {method} was trained: {_AGAIN}")
+        wanted = like["given_masks"][method]["training"] | asked
+        require_same(path, training, wanted, mend=move_away(path.parent))
+
+
+def move_away(path: Path) -> str:
+    return f"move {path} away, or delete it, and run the same command again"
 
 
 def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
@@ -516,11 +546,18 @@ def markdown(first: dict, models: str, tables: dict[str, Table], comparable: boo
 
 
 def main() -> None:
+    if len(set(SEEDS)) < len(SEEDS) or min(SEEDS, default=-1) < 0:
+        raise UserError(f"SEEDS={','.join(map(str, SEEDS))} names none, one twice or a negative "
+                        "one: name each seed once")
     wanted = {"main", *settings.choose("EXPERIMENTS", EXPERIMENTS, _KNOWN)}
     if FIGURE7:
         wanted |= {"rounds", "episodes"}
     if MASKS:
         wanted.add("masks")
+    given = [item.partition(":")[0].strip() for item in MASKS.split(",")]
+    if "rivals" in wanted and (twice := [row for row in given if row in METHODS]):
+        raise UserError(f"MASKS names the row {twice[0]}, which is trained here too: call it "
+                        "otherwise, or set EXPERIMENTS without rivals")
     if {"rivals", "shots"} <= wanted:
         wanted.add("rivals at few shots")
     task, out = get_task(TASK, "-"), Path("runs") / TASK

@@ -25,6 +25,7 @@ from common.frozen.sam import squash
 from common.frozen.sam_weights import load_cached_sam
 from common.images import image_size, load_image
 from common.prepare import open_task
+from common.results.given_masks import LISTED
 from common.results.own_images import name_files
 from common.results.pictures import save_picture
 from common.rivals import lora
@@ -62,7 +63,6 @@ LOG_EVERY = 10  # steps between rows of the log, each the mean of these
 _POWER = 0.9  # of the rate's decay
 _LIKE = 4  # grey levels, mean difference between a picture and the cache's small copy of it
 _SETTINGS = {"task": str, "method": str, "features": str}
-_LISTED = "masks.json"  # in the folder of masks: what made them, and how many there are
 
 
 def learning_rate(step: int) -> float:
@@ -110,18 +110,14 @@ def read_picture(path: Path, run: Run, row: int, side: int) -> np.ndarray:
     return squash(image, side, run.frame)
 
 
-def train(model: FineTuned, run: Run, paths: dict[int, Path], rows: list[int]) -> str:
+def train(model: FineTuned, run: Run, paths: dict[int, Path], rows: list[int],
+          made_with: dict) -> str:
     """Trains on the images `rows`, or goes on with it; returns the trained weights' fingerprint.
 
-    paths: of the images. It writes <method>.pt and <method>_log.csv into the run folder.
+    paths: of the images. made_with: the settings, for the checkpoint. It writes <method>.pt and
+    <method>_log.csv into the run folder.
     """
     path, log_path = (run.folder / f"{METHOD.lower()}{end}" for end in (".pt", "_log.csv"))
-    made_with = {
-        "task": TASK, "method": METHOD, "seed": SEED, "shots": SHOTS, "steps": STEPS,
-        "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE[METHOD],
-        "weight_decay": WEIGHT_DECAY, "warm_up": WARM_UP, "augment": AUGMENT,
-        "precision": "bf16" if model.embedder.bf16 else "fp32",
-        "features": run.cache.identity()}
     optimizer = torch.optim.AdamW(model.trained().values(), weight_decay=WEIGHT_DECAY)
     generator = torch.Generator().manual_seed(SEED)
     saved = checkpoint.resume(path, this_command(), made_with, {"step": int, "seconds": float},
@@ -179,15 +175,17 @@ def gradients_of(model: FineTuned, shown: tuple[np.ndarray, np.ndarray, int]) ->
 
 
 def write_masks(model: FineTuned, run: Run, paths: dict[int, Path], names: dict[int, list[str]],
-                weights: str, out: Path) -> None:
+                training: dict, weights: str, out: Path) -> None:
     """Writes a mask of each test sample into the folder `out`, white on black, as a PNG.
 
     names: {row of a test image: the names of its texts' masks, without suffix}. Only texts that the
-    image holds have a mask: no other is scored. weights: the fingerprint of what is trained. Masks
-    that the same weights have written are not made again.
+    image holds have a mask: no other is scored. training: its settings, which stage 4 puts into its
+    results. weights: the fingerprint of what is trained. Masks that the same weights have written
+    are not made again.
     """
-    listed = out / _LISTED
-    made_with = {"task": TASK, "sam": run.attributes["sam"], "method": METHOD, "weights": weights}
+    listed = out / LISTED
+    made_with = {"task": TASK, "sam": run.attributes["sam"], "weights": weights,
+                 "training": training}
     done = count_of(listed, made_with)
     rows, samples = list(names), set(map(tuple, run.cache.samples("test").tolist()))
     for number, row in enumerate(progress(rows, f"masks of {METHOD}", len(rows)), 1):
@@ -237,7 +235,7 @@ def main() -> None:
     images = {row: Path(run.cache.name((row, 0)) + ".png") for row in test}
     stems = name_files(list(images.values()), list(texts) if len(texts) > 1 else [])
     names = {row: stems[image] for row, image in images.items()}
-    files.require_ours(run.folder / f"{METHOD.lower()}_log.csv", out / _LISTED,
+    files.require_ours(run.folder / f"{METHOD.lower()}_log.csv", out / LISTED,
                        *(out / f"{stem}.png" for row in test for stem in names[row]))
     files.lock(run.folder)
 
@@ -246,11 +244,18 @@ def main() -> None:
     # a CPU's gradients take longer in bf16 than in fp32
     precision = "fp32" if PRECISION == "auto" and run.device.type == "cpu" else PRECISION
     model = FineTuned(sam, METHOD, len(texts), precision)
-    weights = train(model, run, paths, shots)
+    made_with = {
+        "task": TASK, "method": METHOD, "seed": SEED, "shots": SHOTS, "steps": STEPS,
+        "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE[METHOD],
+        "weight_decay": WEIGHT_DECAY, "warm_up": WARM_UP, "augment": AUGMENT,
+        "precision": "bf16" if model.embedder.bf16 else "fp32",
+        "features": run.cache.identity()}
+    weights = train(model, run, paths, shots, made_with)
     lora.merge(sam)
-    write_masks(model, run, paths, names, weights, out)
+    write_masks(model, run, paths, names, made_with, weights, out)
+    scored = {"ROWS": "none", "MASKS": f"{METHOD}:{out}", "RESULTS": f"{METHOD.lower()}.json"}
     script.goodbye([run.folder / f"{METHOD.lower()}.pt", out], script.command(
-        "04_evaluate.py", globals() | {"MASKS": f"{METHOD}:{out}"}, ("SAM", "MASKS")))
+        "04_evaluate.py", globals() | scored, ("SAM", *scored)))
 
 
 if __name__ == "__main__":

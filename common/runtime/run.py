@@ -1,4 +1,4 @@
-"""What stages 2 to 4 open before they start: the cache, the device, the patches, SAM's decoder.
+"""What stages 2 to 4 and peft open first: the cache, the device, the patches, SAM's decoder.
 
 Unlike the rest of common/runtime, this module imports the method (the modules in common/).
 """

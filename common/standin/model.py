@@ -7,6 +7,7 @@ only narrower, so the stand-in is prompted in the same way as SAM.
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.runtime.errors import UserError
+from common.runtime.reading import reading
 
 WEIGHTS = Path(__file__).with_name("sam.safetensors")
 IMAGE_SIZE = 256  # pixels a side that the stand-in sees; SAM sees 1024
@@ -120,10 +122,16 @@ def new_sam() -> Sam:
 
 
 def build_sam() -> Sam:
-    """The trained stand-in, float32 and in evaluation mode. Raises UserError without weights."""
-    if not WEIGHTS.exists():
-        raise UserError(f"{WEIGHTS} is missing: restore it from the repository or train it with "
-                        "`make standin`")
-    sam = new_sam()
-    sam.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
+    """The trained stand-in, float32 and in evaluation mode.
+
+    Raises UserError where its weights are missing or damaged.
+    """
+    sam, mend = new_sam(), "restore it from the repository, or train it with `make standin`"
+    try:
+        with reading(WEIGHTS, mend):
+            weights = load_file(WEIGHTS)
+        sam.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{WEIGHTS} is damaged or another model's ({type(error).__name__}): "
+                        f"{mend}") from error
     return sam.eval()

@@ -1,4 +1,4 @@
-"""Keeps the scenes on which the stand-ins are trained.
+"""Keeps the scenes on which the stand-ins are trained, and the weights.
 
 To draw a scene takes tens of milliseconds, and training sees each one many times. So they are drawn
 once and kept in a folder.
@@ -12,12 +12,16 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
+from common.runtime import files
 from common.standin.model import IMAGE_SIZE
-from common.standin.scenes import draw_for_training
+from common.standin.scenes import GENERATOR, draw_for_training
 
 FIELDS = ("instances", "surface", "shadow", "mirror", "blur")  # the maps of a Scene
+_DRAWN = {"generator": GENERATOR, "side": IMAGE_SIZE}  # of the scenes that are used
 
 
 def draw_small(index: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
@@ -40,14 +44,17 @@ def load_scenes(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[
     """The first `count` training scenes; they are drawn on all cores if the folder has none.
 
     Returns images (count, s, s, 3) uint8 and maps (count, 5, s, s) uint8, both memory-mapped, and
-    the things of each scene. Exits with a message if the folder holds fewer scenes.
+    the things of each scene. Exits with a message if the folder holds fewer scenes or other ones.
     """
     if not (folder / "things.json").exists():
         draw_scenes(folder, count)
-    things = json.loads((folder / "things.json").read_text())
+    again = "delete the folder to draw them again"
+    content = json.loads((folder / "things.json").read_text())
+    if not isinstance(content, dict) or not content.items() >= _DRAWN.items():
+        raise SystemExit(f"{folder} holds scenes of another generator or size: {again}")
+    things = content["things"]
     if len(things) < count:
-        raise SystemExit(f"{folder} holds {len(things)} scenes, but {count} are needed: "
-                         "delete the folder to draw them again")
+        raise SystemExit(f"{folder} holds {len(things)} scenes, but {count} are needed: {again}")
     images = np.load(folder / "images.npy", mmap_mode="r")
     maps = np.load(folder / "maps.npy", mmap_mode="r")
     return images[:count], maps[:count], things[:count]
@@ -66,4 +73,12 @@ def draw_scenes(folder: Path, count: int) -> None:
         for index, scene in enumerate(tqdm(drawn, "drawing scenes", total=count)):
             images[index], maps[index], things_of_scene = scene
             things.append(things_of_scene)
-    (folder / "things.json").write_text(json.dumps(things))
+    files.write_text(folder / "things.json", json.dumps(_DRAWN | {"things": things}))
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Writes a model's weights, as float16. A kill leaves the old file or the new one."""
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    temporary = path.with_name(f".{path.name}")
+    save_file(weights, temporary)
+    os.replace(temporary, path)

@@ -29,14 +29,13 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.frozen.clip_surgery import TEMPLATES, ClipSurgery, surgery_tokens
 from common.frozen.clip_weights import STANDIN
 from common.standin.scenes import KINDS
-from common.standin.training.store import FIELDS, load_scenes
+from common.standin.training.store import FIELDS, load_scenes, save_weights
 from common.standin.training.train_sam import BF16, HELD_OUT, SCENES, TRAIN
 
 STEPS = 3600  # optimiser steps
@@ -320,10 +319,9 @@ def main() -> None:
             model.eval()
             report(model, tokenizer, images[held_out], maps[held_out], things[held_out])
             model.logit_scale.data = scales[0].data.clone()  # CLIP's own name for the scale
-            weights = {name: value.half().contiguous()
-                       for name, value in model.state_dict().items()}
-            save_file(weights, STANDIN / "clip.safetensors")
+            save_weights(model, SCENES / "clip.safetensors")
             model.train()
+    save_weights(model, STANDIN / "clip.safetensors")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from scipy import ndimage
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ from torch.nn import functional as F
 from common.runtime.workers import side_by_side
 from common.standin.model import IMAGE_SIZE, STRIDE, WEIGHTS, WIDTH, new_sam
 from common.standin.training import auxiliary
-from common.standin.training.store import load_scenes
+from common.standin.training.store import load_scenes, save_weights
 
 SCENES = Path("data/standin")  # where the training scenes are kept
 TRAIN, HELD_OUT = 8000, 400  # scenes
@@ -426,8 +425,8 @@ def main() -> None:
               f"{'with clicks' if with_clicks else 'the encoder alone'}", flush=True)
         train(sam, head, images[:TRAIN], maps[:TRAIN], things[:TRAIN], shapes, size, steps, rate,
               with_clicks, rng)
-        weights = {name: value.half().contiguous() for name, value in sam.state_dict().items()}
-        save_file(weights, WEIGHTS)
+        save_weights(sam, SCENES / WEIGHTS.name)  # only the last phase's replace the ones in use
+    save_weights(sam, WEIGHTS)
     report(sam.eval(), images[TRAIN:], maps[TRAIN:], things[TRAIN:])
 
 
