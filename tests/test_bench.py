@@ -76,7 +76,6 @@ def test_the_episode_trains_the_actor(tiny, monkeypatch):
     monkeypatch.setattr(bench, "_ROUNDS", 1)
     sides = bench.episode(stand_in().eval().requires_grad_(False), tiny)
     trained, _ = sides.ours()
-    assert torch.allclose(trained.sum(1), torch.ones(len(trained)))
     assert (trained - 1 / 100).abs().max() > 1e-4  # no longer the uniform policy that it starts as
 
 

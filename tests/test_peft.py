@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from segment_anything.modeling import Sam
 
+from common.cache import Cache
 from common.frozen.mobile_sam import build_mobile_sam
 from common.frozen.sam import SamEmbedder, full_masks, squash
 from common.images import load_image
@@ -412,6 +413,44 @@ def test_masks_of_other_weights_are_made_again_and_missing_ones_too(train_in, mo
     assert json.loads((folder / "samed_masks/masks.json").read_text())["images"] == 6
 
 
+def test_each_picture_is_trained_with_its_own_label_map(train_in, monkeypatch):
+    shown = []
+
+    def noting(model, pair):
+        picture, target, _ = pair
+        shown.append((int(picture[0, 0, 0]), int(target[0, 0])))
+        return 0.5, [torch.zeros_like(weight) for weight in model.trained().values()]
+
+    def marked(path, run, row, side):
+        return np.full((side, side, 3), row, np.uint8)
+
+    monkeypatch.setattr(peft, "read_picture", marked)
+    monkeypatch.setattr(Cache, "every_label", lambda cache, row: row)
+    monkeypatch.setattr(peft, "low_resolution", lambda row, size: np.full(size, row, np.uint8))
+    monkeypatch.setattr(peft, "gradients_of", noting)
+    monkeypatch.setattr(peft, "write_masks", lambda *arguments: None)
+    train_in("pairs", BATCH_SIZE=8)
+    assert len(shown) == 2 * 8 and all(picture == target for picture, target in shown)
+    assert len(set(shown)) == 8  # all drawn samples
+
+
+def test_a_mask_is_white_where_its_text_was_found(tmp_path, monkeypatch):
+    answers = {4: np.array([[1, 2, 0], [2, 2, 0]]), 7: np.array([[0, 1, 1], [2, 0, 0]])}
+    test_set = np.array([[4, 0], [4, 1], [7, 1]])
+    cache = SimpleNamespace(samples=lambda split: {"test": test_set}[split], size=lambda row: row)
+    run = SimpleNamespace(cache=cache, attributes={"sam": "demo"})
+    model = SimpleNamespace(segment=lambda picture, size: answers[picture],
+                            sam=SimpleNamespace(image_encoder=SimpleNamespace(img_size=8)))
+    monkeypatch.setattr(peft, "read_picture", lambda path, run, row, side: row)
+    names = {4: ["a-star", "a-ring"], 7: ["b-star", "b-ring"]}
+    peft.write_masks(model, run, {4: None, 7: None}, names, {}, "0", tmp_path)
+    found = {path.stem: np.asarray(Image.open(path)) // 255 for path in tmp_path.glob("*.png")}
+    assert found.keys() == {"a-star", "a-ring", "b-ring"}  # the image b holds no star
+    for name, mask in (("a-star", answers[4] == 1), ("a-ring", answers[4] == 2),
+                       ("b-ring", answers[7] == 2)):
+        assert np.array_equal(found[name], mask), name
+
+
 @pytest.mark.parametrize("view", range(8))
 def test_a_picture_and_its_label_map_are_turned_together(view, monkeypatch):
     marked = np.arange(16, dtype=np.uint8).reshape(4, 4)
@@ -471,7 +510,7 @@ def test_views_are_shown_unless_augment_is_off(augment, train_in, monkeypatch):
 
 def test_the_first_shots_are_trained_on(train_in, monkeypatch):
     seen = []
-    monkeypatch.setattr(peft, "train", lambda model, run, paths, rows: seen.append(rows) or "")
+    monkeypatch.setattr(peft, "train", lambda *given: seen.append(given[3]) or "")
     train_in("shots-all")
     train_in("shots-3", SHOTS=3)
     assert len(seen[0]) == 8 and seen[1] == seen[0][:3]

@@ -2,14 +2,17 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from common.metrics import METRICS
 from common.results import tables
 from common.results.outputs import Report
 from common.results.paper import POOLED_NOTE, paper_figures, results_table
+from common.rivals.finetuned import METHODS
 from common.runtime.errors import UserError
 from common.tasks import get_task
 
@@ -27,12 +30,20 @@ def typed(text: str) -> object:
         return text
 
 
-def results_of(given: dict[str, str], trained: dict, score: float) -> dict:
-    """What stage 4 writes, called with the constants `given`; VOC has two classes."""
+def results_of(given: dict[str, str], trained: dict, score: float | Callable) -> dict:
+    """What stage 4 writes, called with the constants `given`; VOC has two classes.
+
+    score: of all rows and metrics, or a function of row, metric, `trained` and rounds.
+    """
     masks = dict(item.split(":") for item in given.get("MASKS", "").split(",") if item)
     rows = {"all": ROWS, "none": []}.get(given["ROWS"], given["ROWS"].split(","))
     rows = [*rows, *masks]
     rounds = int(given.get("ROUNDS", 15))
+    if callable(score):
+        return {**results_of(given, trained, 0.4), "rows": {
+            row: {name: score(row, name, trained, rounds) for name in (*METRICS.values(), "FR")} | {
+                "pooled": {name: score(row, name, trained, rounds) for name in ("IoU", "BER")}}
+            for row in rows}}
     after_rounds = [score + 0.01 * number for number in range(rounds + 1)]
     row = {"mIoU": score, "F": score, "BER": score, "E": score, "MAE": score, "FR": score,
            "pooled": {"IoU": score + 0.03, "BER": score + 0.07}}
@@ -65,14 +76,14 @@ def tables_of(task: str) -> dict:
 
 
 @pytest.fixture
-def scripts(monkeypatch, tmp_path):
+def scripts(monkeypatch, tmp_path, request):
     """Stands in for the numbered scripts: keeps the commands, and writes results.
 
-    Those depend on seed and constants. Pooled IoU is 3 percent points above the mean over images,
-    pooled BER 7.
+    Those depend on seed and constants, unless the test has a function of its own for them. Pooled
+    IoU is 3 percent points above the mean over images, pooled BER 7.
     """
     monkeypatch.chdir(tmp_path)
-    commands, trained = [], {}
+    commands, trained, own_score = [], {}, getattr(request, "param", None)
 
     def run_script(script, *constants):
         given = dict(constant.split("=", 1) for constant in constants)
@@ -98,7 +109,7 @@ def scripts(monkeypatch, tmp_path):
                     assert record_of(masks.split(":")[1])["training"]["shots"] == (
                         trained[folder]["shots"])
             score = 0.4 + 0.1 * int(given["SEED"]) + (0.05 if "explicit" in str(folder) else 0)
-            content = results_of(given, trained.get(folder, {}), score)
+            content = results_of(given, trained.get(folder, {}), own_score or score)
             (folder / given["RESULTS"]).write_text(json.dumps(content))
 
     monkeypatch.setattr(tables, "run_script", run_script)
@@ -261,6 +272,60 @@ def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
     assert {given["FEATURES"] for stage, given in scripts if stage != "01"} == {
         "runs/demo_saliency/features.h5"}
     assert Path("runs/demo_saliency/figure7_episodes.png").exists()
+
+
+def figure_of(row: str, metric: str, trained: dict, rounds: int) -> float:
+    """Another figure for each row and metric, and for each constant that an experiment changes."""
+    names = [*ROWS, *METHODS]
+    metrics = [*METRICS.values(), "FR", "IoU"]
+    changed = {"residual": 0.5, "branch": "explicit", "shots": 5}
+    return (0.01 * (1 + names.index(row)) + 0.001 * metrics.index(metric)
+            + sum(0.1 * (1 + place) for place, (name, value) in enumerate(changed.items())
+                  if trained[name] == value)
+            + 0.15 * (trained["shots"] == 20) + 0.02 * rounds + 0.0001 * trained["episodes"])
+
+
+@pytest.mark.parametrize("scripts", [figure_of], indirect=True)
+def test_each_cell_is_the_figure_of_its_own_row_metric_and_experiment(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "FIGURE7", True)
+    tables.main()
+    written = tables_of("demo_saliency")
+
+    def cell(title: str, row: str, column: str) -> float:
+        [table] = [its for name, its in written.items() if name.startswith(title)]
+        return table[row][column][0]
+
+    def expected(row: str, metric: str = "mIoU", rounds: int = 15, **trained) -> object:
+        return pytest.approx(figure_of(row, metric, RECIPE | trained, rounds))
+
+    for row in ("AlignSAM", "w/o RL", "w/o SRM", "w/o MSI", *METHODS):
+        for metric in METRICS.values():
+            assert cell("Tables 2 and 3", row, metric) == expected(row, metric)
+        assert cell("Tables 2 and 3", row, "pooled IoU") == expected(row, "IoU")
+        assert cell("Tables 2 and 3", row, "pooled BER") == expected(row, "BER")
+    for row in ("AlignSAM", "PerSAM"):
+        assert cell("Baselines", row, "F") == expected(row, "F")
+    for name, row in (("RL + SRM", "AlignSAM"), ("RL + CLIP-Surgery map", "labels: CLIP Surgery"),
+                      ("RL + last SAM mask", "labels: last mask"),
+                      ("RL only (all positive)", "w/o SRM")):
+        assert cell("Table 8", name, "mIoU") == expected(row)
+    for name, row in (("AlignSAM", "AlignSAM"), ("random", "w/o RL")):
+        for metric in ("FR", "mIoU", "E"):
+            assert cell("Table 9", name, metric) == expected(row, metric)
+    assert cell("AlignSAM+", "AlignSAM", "mIoU") == expected("AlignSAM")
+    assert cell("AlignSAM+", "AlignSAM+", "mIoU") == expected("AlignSAM", residual=0.5)
+    assert cell("AlignSAM+", "AlignSAM+ w/o RL", "E") == expected("w/o RL", "E", residual=0.5)
+    for branch in ("implicit", "explicit"):
+        assert cell("Table 4", branch, "mIoU") == expected("AlignSAM", branch=branch)
+    for row in ("AlignSAM", "PerSAM", *METHODS):
+        for column, shots in (("5", 5), ("20", 20), ("all", 0)):
+            assert cell("Table 10", row, column) == expected(row, shots=shots)
+    for number in (5, 10, 15, 20):
+        assert cell("Figure 7: rounds", "AlignSAM", str(number)) == expected(
+            "AlignSAM", rounds=number)
+    for number in (10, 25, 50, 100):
+        assert cell("Figure 7: episodes", "AlignSAM", str(number)) == expected(
+            "AlignSAM", episodes=number)
 
 
 def test_samed_and_msa_are_trained_beside_each_agent_and_stand_in_tables_2_3_and_10(

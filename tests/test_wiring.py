@@ -9,9 +9,10 @@ import torch
 
 from common.agent import Actor, Critic, Learner, policy, pool_state
 from common.baselines import Baselines
-from common.cache import Cache
+from common.cache import Cache, TrainingSet, Truth
 from common.episode import Episode, patch_centres
 from common.metrics import Score, count_pixels, pool, summarise
+from common.results.outputs import Report
 from tests.conftest import load_script
 
 ROUNDS, IMAGES = 4, 300
@@ -118,20 +119,24 @@ def test_the_srm_learns_in_the_states_of_the_samples_whose_truth_it_is_given(mon
     episode = Episode(Alternating(), torch.rand(6, 4, 10, 10), torch.rand(6, 10, 10),
                       patch_centres(800, 80))
     episode.mask, truth = torch.rand(6, 10, 10), torch.rand(6, 10, 10)
-    shots = SimpleNamespace(
-        samples=range(6), truth=truth,
-        maps_and_truth=lambda rows, every_text, generator: (episode.maps[rows], truth[rows]))
+    asked = []
+
+    def maps_and_truth(rows, every_text, generator):
+        asked.append(every_text)
+        return episode.maps[rows], truth[rows]
+
+    shots = SimpleNamespace(samples=range(6), truth=truth, maps_and_truth=maps_and_truth)
     learner = Learner(srm, None, None, None, "the SRM's optimiser")
-    recipe = {"srm_steps": 4, "every_text": False}
+    recipe = {"srm_steps": 4, "every_text": "as stage 2 chose"}
     stage.train_srm(learner, episode, shots, recipe, torch.Generator().manual_seed(0))
-    batches = set()
+    batches, asked = set(), set(asked)
     for its_srm, optimizer, s_c, s_t, y, _ in steps:
         rows = [int((truth == one).all(2).all(1).nonzero()) for one in y]
         assert torch.equal(s_c, episode.embeddings[rows] * episode.maps[rows][:, None])
         assert torch.equal(s_t, episode.embeddings[rows] * episode.mask[rows][:, None])
         assert its_srm is srm and optimizer == "the SRM's optimiser" and len(set(rows)) == 3
         batches.add(tuple(rows))
-    assert len(steps) == 4 and len(batches) > 1
+    assert len(steps) == 4 and len(batches) > 1 and asked == {"as stage 2 chose"}
 
 
 class Stop(Exception):
@@ -154,7 +159,9 @@ def in_workplace(workplace, tmp_path, monkeypatch):
     def load(name: str, run_dir=tmp_path, **constants):
         stage = load_script(name)
         constants |= {"TASK": "folder", "RUN_DIR": str(run_dir), "DEVICE": "cpu", "ROUNDS": 3,
-                      "FEATURES": str(workplace / "runs/folder/features.h5"), "SRM_BATCH": 4}
+                      "FEATURES": str(workplace / "runs/folder/features.h5")}
+        if name != "04_evaluate.py":
+            constants["SRM_BATCH"] = 4
         for constant, value in constants.items():
             monkeypatch.setattr(stage, constant, value)
         return stage
@@ -201,19 +208,68 @@ def test_targets_bootstrap_from_the_last_state_and_advantages_subtract_its_value
     assert (rollout.actions % 2 == 1).all()  # the even patches are ignored
 
 
-def test_stage_2_learns_in_f_times_map_and_f_times_mask(in_workplace, monkeypatch, tmp_path):
-    states = {"no mask": 0.0, "test-time start": 0.0, "true start": 1.0}
-    stage = in_workplace("02_train_srm.py", tmp_path / "new", STATES=states, SEED=1)
+def test_stage_3_goes_on_with_the_srm_of_stage_2_and_trains_as_its_constants_say(
+        in_workplace, monkeypatch, tmp_path):
+    of_stage_2 = torch.load(tmp_path / "srm.pt", weights_only=True)
+    of_stage_2["settings"] |= {"shots": 3, "every_text": True, "residual": 0.25}
+    torch.save(of_stage_2, tmp_path / "srm.pt")
+    stage = in_workplace("03_train_agent.py", SHOTS=3, SEED=7, EPOCHS=6, CLIP_RANGE=0.3, GAMMA=0.75,
+                         LEARNING_RATE=3e-5)
+    seen, roll_out = SimpleNamespace(), stage.roll_out
+
+    def recording(learner, episode, shots, made_with, generator):
+        assert torch.equal(generator.get_state(), torch.Generator().manual_seed(7).get_state())
+        assert learner.srm.state_dict().keys() == of_stage_2["srm"].keys()
+        for name, value in learner.srm.state_dict().items():
+            assert torch.equal(value, of_stage_2["srm"][name]), name
+        seen.learner, seen.episode, seen.shots, seen.made_with = learner, episode, shots, made_with
+        return roll_out(learner, episode, shots, made_with, generator)
+
+    def update(actor, critic, ppo, states, rollout, targets, advantages, **more):
+        seen.update, seen.more = (actor, critic, ppo), more
+        raise Stop
+
+    monkeypatch.setattr(stage, "roll_out", recording)
+    monkeypatch.setattr(stage, "ppo_update", update)
+    with pytest.raises(Stop):
+        stage.main()
+    learner = seen.learner
+    assert seen.update == (learner.actor, learner.critic, learner.ppo)
+    assert seen.more == {"epochs": 6, "clip_range": 0.3}
+    assert learner.critic.scale == 4  # the bound of a return, 1 / (1 - 0.75)
+    for optimizer, networks in ((learner.ppo, (learner.actor, learner.critic)),
+                                (learner.srm_optimizer, (learner.srm,))):
+        [group] = optimizer.param_groups
+        assert group["lr"] == 3e-5 and set(group["params"]) == {
+            weight for network in networks for weight in network.parameters()}
+    drawn = stage.open_run(vars(stage)).cache.drawn(3)
+    assert np.array_equal(seen.shots.samples, drawn) and len(seen.episode.embeddings) == 3
+    assert seen.episode.residual == 0.25 and seen.made_with["every_text"] is True
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.5])
+def test_stage_2_learns_in_f_times_map_and_f_times_mask(
+        in_workplace, monkeypatch, tmp_path, residual):
+    states, every_text = {"no mask": 0.0, "test-time start": 0.0, "true start": 1.0}, residual > 0
+    stage = in_workplace("02_train_srm.py", tmp_path / "new", STATES=states, SEED=1,
+                         RESIDUAL=residual, EVERY_TEXT=every_text, LEARNING_RATE=0.02)
     seen, reach_state = SimpleNamespace(), stage.reach_state
+    maps_and_truth = TrainingSet.maps_and_truth
+
+    def asking(shots, rows, every_text, generator):
+        seen.every_text = every_text
+        return maps_and_truth(shots, rows, every_text, generator)
 
     def recording(kind, episode, *more):
+        seen.seed = more[-1].initial_seed()
         reach_state(kind, episode, *more)
         seen.episode = episode
 
     def step(srm, optimizer, s_c, s_t, y, generator):
-        seen.s_c, seen.s_t, seen.y = s_c, s_t, y
+        seen.s_c, seen.s_t, seen.rate = s_c, s_t, optimizer.param_groups[0]["lr"]
         raise Stop
 
+    monkeypatch.setattr(TrainingSet, "maps_and_truth", asking)
     monkeypatch.setattr(stage, "reach_state", recording)
     monkeypatch.setattr(stage, "train_step", step)
     with pytest.raises(Stop):
@@ -221,7 +277,9 @@ def test_stage_2_learns_in_f_times_map_and_f_times_mask(in_workplace, monkeypatc
     episode = seen.episode
     assert episode.mask.min() < 0.5 and not torch.equal(episode.mask, episode.maps)
     assert torch.equal(seen.s_c, episode.embeddings * episode.maps[:, None])
-    assert torch.equal(seen.s_t, episode.embeddings * episode.mask[:, None])
+    kept = residual + (1 - residual) * episode.mask[:, None]
+    assert torch.allclose(seen.s_t, episode.embeddings * kept)
+    assert seen.rate == 0.02 and seen.seed == 1 and bool(seen.every_text) == every_text
     assert not episode.allowed[:, ::2].any() and episode.allowed[:, 1::2].all()
     shots = stage.open_run(vars(stage)).cache.training_set(0, 3, torch.device("cpu"))
     for points, embedding in zip(episode.points, episode.embeddings):  # P_0 by its own truth
@@ -236,8 +294,110 @@ def test_the_reported_miou_is_that_of_the_last_mask(workplace):
     for row, scores in results["rows"].items():
         assert scores["mIoU"] == pytest.approx(results["iou_per_round"][row][-1], abs=1e-12)
         assert scores["mIoU"] != results["iou_per_round"][row][0]
-    # each row is prompted in its own way
-    assert len({tuple(after) for after in results["iou_per_round"].values()}) == 4
+    # each row of all rounds is prompted in its own way
+    rows = ("AlignSAM", "w/o RL", "w/o SRM")
+    assert len({tuple(results["iou_per_round"][row]) for row in rows}) == 3
+
+
+def test_stage_4_has_the_actor_and_srm_that_stage_3_ended_with_and_its_shots(
+        in_workplace, monkeypatch, workplace, tmp_path):
+    content = torch.load(workplace / "runs/folder/agent.pt", weights_only=True)
+    for part in ("actor", "srm"):
+        content[part] = {name: torch.randn_like(value) for name, value in content[part].items()}
+    content["settings"]["shots"] = 3
+    torch.save(content, tmp_path / "agent.pt")
+    stage = in_workplace("04_evaluate.py", ROWS=("PerSAM",))
+    trained = stage.open_run(vars(stage)).load_agent(vars(stage))
+    for part, network in (("actor", trained.actor), ("srm", trained.srm)):
+        assert network.state_dict().keys() == content[part].keys() and not network.training
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, content[part][name]), name
+    given = []
+
+    def prepare(*arguments):
+        given.extend(arguments)
+        raise Stop
+
+    monkeypatch.setattr(stage.Baselines, "prepare", prepare)
+    with pytest.raises(Stop):
+        stage.main()
+    rows, cache, shots, prompter, device = given
+    assert (rows, shots, device.type) == (["PerSAM"], 3, "cpu")
+
+
+class Places:
+    """A trained run whose samples, by their image row, have embeddings of their own."""
+
+    actor, srm = Actor(4).eval(), staticmethod(srm)
+
+    def truth(self, samples):
+        return Truth([np.zeros((8, 8), np.uint8)] * len(samples),
+                     torch.zeros(len(samples), 100, dtype=torch.uint8))
+
+    def embeddings(self, samples):
+        return torch.stack([torch.full((4, 10, 10), row / 10) for row, _ in samples])
+
+    def maps(self, samples):
+        return torch.stack([torch.full((10, 10), row / 20) for row, _ in samples])
+
+    def new_episode(self, embeddings, maps):
+        return Episode(Alternating(), embeddings, maps, patch_centres(800, 80))
+
+
+def test_random_patches_belong_to_a_place_in_the_test_set_and_a_seed_whatever_the_batch(
+        monkeypatch):
+    stage, places = load_script("04_evaluate.py"), Places()
+    test_set = np.array([[5, 0], [6, 0], [7, 0], [8, 0]])
+
+    def actions(numbers, row="w/o RL"):
+        return stage.segment(row, numbers, test_set, places, places, None)[2]
+
+    together = actions([0, 1, 2, 3])
+    assert torch.equal(actions([2, 3]), together[2:])
+    assert len({tuple(each) for each in together.tolist()}) == 4
+    monkeypatch.setattr(stage, "SEED", 1)
+    assert not torch.equal(actions([0, 1, 2, 3]), together)
+    assert torch.equal(actions([2, 3], "AlignSAM"), actions([0, 1], "AlignSAM"))  # not random
+
+
+def test_rows_without_rounds_segment_the_batch_by_their_own_means():
+    stage, places = load_script("04_evaluate.py"), Places()
+    test_set = np.array([[2, 1], [6, 0], [12, 1]])
+    persam = SimpleNamespace(segment=lambda embedding, target: (embedding[0] + target, None))
+    baselines = Baselines(persam, {0: torch.tensor(100.0), 1: torch.tensor(200.0)}, threshold=0.4)
+    logits = {}
+    for row, (_, _, rounds) in stage._ROWS.items():
+        if rounds == "none":
+            truth, [logits[row]], actions, episode = stage.segment(
+                row, [2, 1], test_set, places, places, baselines)
+            assert len(truth.label_maps) == 2 and actions.shape == (2, 0)
+    assert logits["PerSAM"][:, 0, 0].tolist() == pytest.approx([201.2, 100.6])
+    # y_r = sigmoid(20 (F - 0.5)) without a mask, of F = 1.2 and 0.6
+    expected = torch.tensor([14.0, 2.0]).sigmoid() - 0.5
+    assert torch.allclose(logits["SRM alone"][:, 3, 3], expected)
+    # the map is 0.6 and 0.3, the threshold 0.4
+    assert logits["CLIP Surgery alone"][:, 5, 5].tolist() == pytest.approx([0.2, -0.1])
+    # the last of the loop above: half of T = 15 points, and one, of each label
+    assert episode.labels.tolist() == [[1] * 8 + [0] * 8] * 2
+    assert torch.equal(logits["CLIP Surgery points"], episode.logits)
+    assert len(logits) == 4
+
+
+def test_stage_1_draws_its_samples_by_its_seed(monkeypatch, workplace):
+    monkeypatch.chdir(workplace)
+    stage, given = load_script("01_cache_features.py"), []
+
+    def draw(*arguments):
+        given.extend(arguments)
+        raise Stop
+
+    monkeypatch.setattr(stage, "draw_shots", draw)
+    constants = {"TASK": "folder", "PROMPT": "a", "DATA_DIR": "data", "SHOTS": 5, "SEED": 9}
+    for name, value in constants.items():
+        monkeypatch.setattr(stage, name, value)
+    with pytest.raises(Stop):
+        stage.main()
+    assert given[2:4] == [5, 9]
 
 
 def test_stage_4_scores_the_last_mask_and_counts_no_ignored_patch_as_a_hit():
@@ -273,9 +433,9 @@ def test_persams_target_is_of_the_samples_own_class(monkeypatch):
             return target, None
 
     monkeypatch.setattr("common.baselines.PerSAM", FakePerSAM)
-    training = np.array([[0, 1], [1, 0], [2, 1]])
+    splits = {"train": np.array([[0, 1], [1, 0], [2, 1]]), "test": np.array([[5, 1], [6, 0]])}
     cache = SimpleNamespace(
-        texts=("a", "b"), samples=lambda split: training,
+        texts=("a", "b"), samples=splits.get,
         embeddings=lambda samples: torch.tensor((samples[:, 0] + 1.0) ** 2).view(-1, 1, 1, 1),
         truth_grid=lambda samples: torch.ones(len(samples), 1, 1))
     prompter, device = SimpleNamespace(sam=None, frame=800), torch.device("cpu")
@@ -285,6 +445,34 @@ def test_persams_target_is_of_the_samples_own_class(monkeypatch):
     assert masks.flatten().tolist() == [5.0, 4.0, 5.0]  # the mean of 1 and 9 for b, 4 for a
     baselines = Baselines.prepare(["PerSAM"], cache, 2, prompter, device)
     assert baselines.targets[1].item() == 1.0 and baselines.targets[0].item() == 4.0
+
+
+def test_clip_surgerys_threshold_is_of_the_training_samples(monkeypatch):
+    monkeypatch.setattr("common.baselines.PerSAM", lambda sam, frame: None)
+    monkeypatch.setattr("common.baselines.best_threshold", lambda maps, truths: (maps, truths))
+    splits = {"train": np.array([[3, 0], [1, 0], [2, 0]]), "test": np.array([[5, 0], [6, 0]])}
+    cache = SimpleNamespace(texts=("a",), samples=splits.get,
+                            label_map=lambda sample: int(sample[0]),
+                            maps=lambda samples: samples[:, 0].tolist())
+    prompter = SimpleNamespace(sam=None, frame=800)
+    for shots, rows in ((0, [3, 1, 2]), (2, [3, 1])):
+        prepared = Baselines.prepare(["CLIP Surgery alone"], cache, shots, prompter, None)
+        assert prepared.threshold == (rows, rows) and not prepared.targets
+
+
+def test_the_foreground_rate_attainable_counts_patches_on_foreground_and_at_most_t():
+    at_centres = torch.zeros(3, 100, dtype=torch.uint8)
+    at_centres[0, :1], at_centres[1, 5:25], at_centres[2, 40:46] = 1, 1, 1
+    at_centres[:, 50:] = 255
+    cache = SimpleNamespace(attrs={"sam": "demo", "clip": "demo"},
+                            truth_centres=lambda samples: at_centres)
+    samples = np.array([[0, 0], [1, 0], [2, 0]])
+    report = SimpleNamespace(
+        cache=cache, trained={"settings": {"task": "voc", "seed": 0, "branch": "explicit"}},
+        drawing=SimpleNamespace(samples=samples, classes=None), given={}, _of_rows=lambda name: {},
+        made_with={"evaluation_rounds": 15, "evaluation_seed": 0, "sample_actions": False})
+    attainable = Report.content(report, None)["foreground_rate_attainable"]
+    assert attainable == pytest.approx((1 + 15 + 6) / (3 * 15))
 
 
 def test_pooled_metrics_count_all_pixels_together():

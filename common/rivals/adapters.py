@@ -2,7 +2,7 @@
 
 Wu et al., "Medical SAM Adapter: Adapting Segment Anything Model for Medical Image Segmentation",
 arXiv 2304.12620. An adapter is a linear layer down to a quarter of the width, GELU, and a linear
-layer up. The layer up starts at zero, so the first forward pass is SAM's own.
+layer up. The layer up starts at zero, so at first the embedding is SAM's own.
 """
 
 from segment_anything.modeling import Sam

@@ -2,7 +2,7 @@
 
 Zhang and Liu, "Customized Segment Anything Model for Medical Image Segmentation", arXiv 2304.13785.
 A weight W of the encoder becomes W + B A, where B and A have RANK columns and rows. W stays frozen,
-B starts at zero, so the first forward pass is SAM's own.
+B starts at zero, so at first the embedding is SAM's own.
 """
 
 import math
