@@ -18,7 +18,7 @@ _OURS = {  # {suffix: what the beginning of such a file holds where this project
     ".png": rb"tEXtSoftware\0AlignSAM",
     ".html": rb"<title>AlignSAM report</title>",
     ".csv": rb"^(step,loss|episode,return)\b",  # of stages 2 and 3, and of peft
-    # of stage 4, peft, the tables, the benchmark, the fault campaign, the stand-ins' scenes
+    # of stage 4, peft, the tables, the benchmark, the fault campaign
     ".json": rb'^\{\s*"(task|device|seed)": .*,\s*"(sam|models|torch|seconds)": ',
     ".md": rb"^# .+\n\nSAM .+, CLIP .+ branch, ",
     ".jsonl": rb'^\{"folder": ',
