@@ -36,12 +36,14 @@ def prompt_with_map(episode: Episode, count: int) -> None:
     """CLIP Surgery's points (arXiv 2304.05653, section 3.4), all in one prompt.
 
     The `count` patch centres where M_c is highest are foreground, as many of the lowest background.
+    Where there are too few patches, each has one label.
     """
     centres = episode.centres.expand(len(episode.maps), -1, -1)
     order = sample_at(episode.maps, centres, episode.frame).argsort(1, descending=True)
-    actions = torch.cat([order[:, :count], order[:, -count:]], 1)
-    labels = (torch.arange(2 * count) < count).long().expand(len(actions), -1)
-    episode.prompt(episode.centres[actions], labels)
+    count = min(count, max(1, order.shape[1] // 2))
+    highest, lowest = order[:, :count], order[:, count:][:, -count:]
+    labels = torch.cat([torch.ones_like(highest), torch.zeros_like(lowest)], 1)
+    episode.prompt(episode.centres[torch.cat([highest, lowest], 1)], labels)
 
 
 def next_clicks(masks: list[np.ndarray], truths: list[np.ndarray],
@@ -61,7 +63,8 @@ def next_clicks(masks: list[np.ndarray], truths: list[np.ndarray],
         regions = [ndimage.label(error)[0] for error in errors]
         sizes = [np.bincount(parts.ravel(), minlength=2)[1:] for parts in regions]
         side = 0 if sizes[0].max() >= sizes[1].max() else 1
-        region = regions[side] == 1 + sizes[side].argmax() if sizes[side].max() else truth == 1
+        right = truth == int((truth == 1).any())  # if all is right: the target, or what is none
+        region = regions[side] == 1 + sizes[side].argmax() if sizes[side].max() else right
         padded = np.pad(region, 1)  # the picture's edge is an edge of the region
         inside = ndimage.distance_transform_edt(padded)[1:-1, 1:-1]
         row, column = np.unravel_index(inside.argmax(), inside.shape)

@@ -114,15 +114,18 @@ class Cache:
         """
         if split == "train":
             return self.file["shots"][:].astype(np.int64)
-        rows = enumerate(self.file["present"][:])
-        present = np.stack([self._checked("present", row, texts) for row, texts in rows])
         in_split = self.file["split"][:] == split.encode()
-        samples = np.argwhere(in_split[:, None] & (present == 1))
+        samples = np.argwhere(in_split[:, None] & self.present(range(len(in_split))))
         if not len(samples):
             raise UserError(f"{self.path} holds no {split} image with {' or '.join(self.texts)} in "
                             "it: look whether the masks hold what TASK names, and run "
                             "01_cache_features.py into another RUN_DIR")
         return samples
+
+    def present(self, rows: Sequence[int]) -> np.ndarray:
+        """bool (B, K): which of the texts these images hold."""
+        stored = self.file["present"][:]
+        return np.stack([self._checked("present", int(row), stored[row]) for row in rows]) == 1
 
     def drawn(self, shots: int) -> np.ndarray:
         """int64 (S, 2): the first `shots` drawn samples (0: all).
@@ -154,7 +157,6 @@ class Cache:
                             "sample that are not ignored: set it lower")
         texts = range(len(self.texts))
         pairs = [np.column_stack([samples[:, 0], np.full(len(samples), text)]) for text in texts]
-        present = self.file["present"][:][samples[:, 0]] == 1
         return TrainingSet(
             samples=samples,
             embeddings=self.embeddings(samples).to(device).float(),
@@ -162,7 +164,7 @@ class Cache:
             truth=self.truth_grid(samples).to(device),
             every_map=torch.stack([self.maps(some) for some in pairs], 1).to(device),
             every_truth=torch.stack([self.truth_grid(some) for some in pairs], 1).to(device),
-            present=torch.from_numpy(present),
+            present=torch.from_numpy(self.present(samples[:, 0])),
             truth_centres=centres.to(device),
             label_maps=[self.label_map(sample) for sample in samples])
 

@@ -14,6 +14,7 @@ from common.images import EXTENSIONS, Sample, composed, load_image
 from common.label_maps import IGNORE, load_label_map, untrainable
 from common.runtime import distributed
 from common.runtime.errors import UserError, some
+from common.runtime.files import expanded
 from common.tasks import Task
 
 # No split comes with CUHK's 704 out-of-focus images. The literature tests on these 100 of them, a
@@ -53,7 +54,7 @@ def list_samples(task: Task, data_dir: str | Path, skip: Collection[str] = ()) -
     Raises UserError if folders are missing (naming them and where to get the data set), if an
     image has no mask or a mask no image (naming the files), or if a split is empty.
     """
-    data_dir, found = _find_folders(task, Path(data_dir).expanduser())
+    data_dir, found = _find_folders(task, expanded(data_dir))
     folders = {split: (found[images], found[masks])
                for split, (images, masks) in FOLDERS[task.dataset].items() if images in found}
     in_either = _names_of("train", _names_of("test", skip))
@@ -118,13 +119,17 @@ def _without_extension(name: str) -> str:
 def read_skip(text: str) -> list[str]:
     """The items of the constant SKIP: name or split/name, and the names in its list files.
 
-    text: names and paths of .txt files, joined by commas.
+    text: names and paths of .txt files, joined by commas. A line of such a file may be a path: of
+    its folders only a last one train or test counts.
     """
     items = []
     for item in filter(None, (item.strip() for item in text.split(","))):
-        file = Path(item).expanduser()
-        if file.suffix.lower() == ".txt" and file.is_file():
-            items += read_list(file)
+        if item.lower().endswith(".txt") and (file := expanded(item)).is_file():
+            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            paths = [Path(line.strip()) for line in lines if line.strip()]
+            items += [composed(_without_extension(f"{path.parent.name}/{path.name}")
+                               if path.parent.name in ("train", "test")
+                               else _without_extension(path.name)) for path in paths]
         else:
             items.append(composed(_without_extension(item)))
     return items
@@ -163,9 +168,9 @@ def draw_shots(samples: list[Sample], task: Task, count: int, seed: int,
     """`count` random training samples as (sample, text index); the first n are the draw of n.
 
     A binary task draws images. One whose mask is empty or full, or that cannot be read, cannot
-    train; it is named on stdout and left out. A task with several texts draws images that hold a
-    text and something else, as evenly over the texts as the data allow. An image is drawn for a
-    second text only if no other is left, and never twice for the same text.
+    train and is left out; the first ten are named on stdout. A task with several texts draws images
+    that hold a text and something else, as evenly over the texts as the data allow. An image is
+    drawn for a second text only if no other is left, and never twice for the same text.
     skip: places (`Sample.place`) that are not drawn; others take theirs.
     Raises UserError if there are too few; the task "folder" takes what it has, 2 at least, and
     says so.

@@ -72,6 +72,8 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
             size = image_size(sample.image)
             label_map, how = read_mask(sample, task, size)
             known = label_map[label_map != IGNORE]
+            if not known.size and len(task.texts) == 1:
+                raise UserError(f"{sample.mask} holds nothing but 255 (ignore)")
             checked.append(Checked(size, how, float((known > 0).mean()) if known.size else 0.0))
             read_so.setdefault(how, sample.mask.name)
         except UserError as error:

@@ -236,7 +236,7 @@ def _on_one_axis(rgb: np.ndarray, lossy: bool, path: Path,
         raise _refused(path, task, f"holds several colours ({some(colours)})", colours[0])
     if brightest.min() > _NEAR:
         raise _refused(path, task, f"has no black, but {_hex(colour)} everywhere", _hex(colour))
-    return np.rint(255 * share).astype(np.uint8), colour
+    return np.rint(255 * share.clip(max=1)).astype(np.uint8), colour
 
 
 # ---- levels --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from py_sod_metrics import (
     BERHandler,
     Emeasure,
@@ -96,11 +97,11 @@ def grid_iou(mask: Tensor, truth: Tensor) -> float:
     """Mean IoU over the batch of masks (B, h, w), foreground above 0.5, on the cells of the grid.
 
     truth: (B, h, w), the share of foreground in each cell, also foreground above 0.5. Cells without
-    a truth are -1 and do not count.
+    a truth are -1 and do not count. Where neither has foreground, the IoU is 1.
     """
     predicted, foreground = (mask > 0.5) & (truth >= 0), truth > 0.5
-    union = (predicted | foreground).sum((1, 2)).clamp(min=1)
-    return ((predicted & foreground).sum((1, 2)) / union).mean().item()
+    both, either = (mask.sum((1, 2)) for mask in (predicted & foreground, predicted | foreground))
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0).mean().item()
 
 
 def centre_accuracy(labels: Tensor, truth: Tensor) -> tuple[float, float]:

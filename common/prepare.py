@@ -16,6 +16,7 @@ from common.images import Sample, load_image
 from common.label_maps import Checked, load_label_map
 from common.runtime import distributed
 from common.runtime.errors import UserError
+from common.runtime.files import expanded
 from common.tasks import Task, get_task, with_foreground, with_prompt
 
 
@@ -29,7 +30,7 @@ def open_task(constants: dict[str, object]) -> tuple[Task, Path]:
     task = with_foreground(with_prompt(get_task(name, prompt), prompt), constants["FOREGROUND"])
     if name == "cuhk":
         task = replace(task, white_is_foreground=constants["CUHK_WHITE_IS_BLURRED"])
-    data_dir = Path(constants["DATA_DIR"] or f"data/{name}").expanduser()
+    data_dir = expanded(constants["DATA_DIR"] or f"data/{name}")
     if name.startswith("demo_") and not constants["DATA_DIR"]:
         from common.standin.scenes import write_dataset
         with distributed.rank_0_first():

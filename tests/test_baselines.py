@@ -58,6 +58,24 @@ def test_the_maps_points_are_its_highest_and_lowest_patches():
     assert episode.labels.tolist() == [[1, 1, 0, 0]] * 2
 
 
+def test_no_patch_has_both_labels_where_there_are_few():
+    maps = torch.rand(2, 10, 10)
+    for count, patches, each in ((3, 400, 2), (51, 80, 50), (8, 800, 1)):
+        episode = Episode(Recorder(), torch.ones(2, 4, 10, 10), maps, patch_centres(800, patches))
+        prompt_with_map(episode, count)
+        for points, labels in zip(episode.points.tolist(), episode.labels):
+            assert len({tuple(point) for point in points}) == len(points)
+            assert labels.sum() == each and (labels == 0).sum() == (each if patches < 800 else 0)
+
+
+def test_a_click_on_an_empty_target_that_was_found_empty_is_where_the_truth_is_known():
+    truth = np.full((60, 60), 255, np.uint8)
+    truth[40:, 30:] = 0
+    points, labels = next_clicks([np.zeros(truth.shape, bool)], [truth], 60)
+    x, y = points[0, 0].tolist()
+    assert truth[int(y), int(x)] == 0 and labels.tolist() == [[0]]
+
+
 def test_the_first_click_is_the_middle_of_the_largest_part_of_the_target():
     truth = np.zeros((100, 200), np.uint8)
     truth[20:61, 40:81], truth[90:95, 180:190] = 1, 1

@@ -30,6 +30,7 @@ from common.cache_file import (
     truth_at_centres,
     truth_on_grid,
 )
+from common.results.own_images import choose_texts
 from common.runtime.errors import UserError
 
 LAYOUT = Layout(
@@ -715,6 +716,18 @@ def test_a_single_bit_that_went_bad_in_any_dataset_is_noticed(complete, dataset)
     }[dataset]
     with pytest.raises(UserError, match=f"/{dataset} of naïve is not what was written"):
         read(samples)
+
+
+def test_texts_of_a_training_image_that_went_bad_are_noticed(complete):
+    with h5py.File(complete, "r+") as file:
+        row = int(file["shots"][0, 0])
+        file["present"][row] = 0
+    opened = Cache.open(complete)
+    with pytest.raises(UserError, match="/present of .* is not what was written"):
+        opened.training_set(0, 1, torch.device("cpu"))
+    made_with = {"shots": 0, "every_text": True}
+    with pytest.raises(UserError, match="/present of .* is not what was written"):
+        choose_texts(("all",), opened, made_with)
 
 
 def test_a_label_map_of_another_size_names_the_image(path):

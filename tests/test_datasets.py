@@ -542,6 +542,16 @@ def test_skip_reads_names_from_a_list_file(tmp_path):
     assert left_out(skip, samples) == {"train/train_a", "test/test_b", "train/train_b"}
 
 
+def test_a_line_of_a_skip_list_names_one_sample_and_its_split(tmp_path):
+    make(tmp_path, "folder")
+    for split, name in (("train", "both"), ("test", "both"), ("train", "1"), ("train", "photo--1")):
+        pair(tmp_path / split / "images", tmp_path / split / "masks", name)
+    samples = list_samples(task_of("folder"), tmp_path)
+    (tmp_path / "bad.txt").write_text("photo--1.jpg\n\ndata/test/both.jpg\n")
+    skip = read_skip(str(tmp_path / "bad.txt"))
+    assert left_out(skip, samples) == {"train/photo--1", "test/both"}
+
+
 @pytest.mark.parametrize("typed, named", [
     ("train_a,lost,train/test_a", "lost, train/test_a"), ("no.txt", r"no\.txt")])
 def test_a_name_in_skip_that_no_sample_has_is_named(tmp_path, typed, named):

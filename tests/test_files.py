@@ -5,17 +5,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from common.results import bench, tables
+from common.datasets import list_samples, read_skip
+from common.frozen.clip_weights import load_clip
+from common.frozen.sam_weights import load_sam
+from common.results import bench, given_masks, tables
 from common.results.outputs import check_results_name
 from common.results.pictures import plot_curves, save_strips
 from common.results.report import write_report
-from common.runtime import checkpoint
+from common.runtime import checkpoint, script
 from common.runtime.errors import UserError
 from common.runtime.files import require_ours, write_text
 from common.standin import scenes
+from common.tasks import get_task
 from tests.conftest import run
 from tests.faults import campaign
 
@@ -78,6 +83,17 @@ def test_a_picture_of_another_program_is_not_ours(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png", pnginfo=mark)
     with pytest.raises(UserError, match="a.png was not written by AlignSAM"):
         require_ours(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("read", [
+    lambda path: script.run_dir(path, "duts"), lambda path: script.cache_path(path, Path(".")),
+    read_skip, lambda path: load_sam(path, torch.device("cpu")),
+    lambda path: load_clip(f"ViT-B-16/{path}", torch.device("cpu")),
+    lambda path: given_masks.split(f"a:{path}", ()),
+    lambda path: list_samples(get_task("msd"), path)])
+def test_the_home_folder_of_nobody_is_named(read):
+    with pytest.raises(UserError, match=r"~nobody-known/x.* begins with the home folder of a user"):
+        read("~nobody-known/x.txt")
 
 
 def test_a_folder_and_an_unknown_kind_are_not_ours(tmp_path):

@@ -339,6 +339,24 @@ def test_one_colour_on_black_is_foreground_however_dark(tmp_path, colour, mode):
     assert how == f"#{bytes(colour).hex()} on black"
 
 
+def test_an_edge_brighter_than_the_brightest_colour_is_foreground(tmp_path):
+    mask = (half(top=1)[..., None] * np.array((200, 50, 50))).astype(np.uint8)
+    mask[:2][half(top=1)[:2] == 1] = (204, 46, 46)  # a darker sum, a brighter red
+    label_map, how = read_mask(one(tmp_path, mask=mask), task_of("folder"), (6, 8))
+    assert label_map.tolist() == half(top=1).tolist() and how == "#c83232 on black"
+
+
+def test_a_mask_without_a_known_pixel_is_named_before_anything_is_computed(tmp_path):
+    samples = list_samples(task_of("folder"), make(tmp_path, "folder"))
+    for sample in samples:
+        save(sample.mask, half(top=3))
+    save(samples[2].mask, np.full((6, 8), 255, np.uint8))
+    task = with_foreground(task_of("folder"), "3")
+    with pytest.raises(UserError, match=f"^{samples[2].mask} holds nothing but 255 .ignore.; or "
+                                        f"leave them out by SKIP={samples[2].place}$"):
+        check_samples(samples, task)
+
+
 @pytest.mark.parametrize("first, second, said", [
     (palette_mask(half(top=1)), (half(top=1)[..., None] * [0, 0, 255]).astype(np.uint8),
      "several colours .#800000 in .*#0000ff in"),

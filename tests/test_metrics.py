@@ -3,8 +3,9 @@
 import numpy as np
 import py_sod_metrics as sod
 import pytest
+import torch
 
-from common.metrics import average, average_iou, evaluate_mask, overlap
+from common.metrics import average, average_iou, evaluate_mask, grid_iou, overlap
 from common.results.paper import paper_row, results_table
 from common.runtime.errors import UserError
 
@@ -121,6 +122,16 @@ def test_overlap_with_nothing_is_whole_for_an_empty_mask_and_none_for_any_other(
     truth = np.array([[0, 0, 0, 255]], np.uint8)
     assert overlap(np.array([[False, False, False, True]]), truth) == 1
     assert overlap(np.array([[True, False, False, False]]), truth) == 0
+
+
+@pytest.mark.parametrize("mask, truth, iou", [
+    ([[0.9, 0.9], [0.1, 0.1]], [[1.0, 0.0], [0.6, 0.4]], 1 / 3),
+    ([[0.9, 0.9], [0.1, 0.9]], [[1.0, -1.0], [0.0, -1.0]], 1),  # two cells have no truth
+    ([[0.2, 0.3], [0.1, 0.9]], [[0.4, 0.1], [0.0, -1.0]], 1),  # nothing, and nothing found
+    ([[0.2, 0.6], [0.1, 0.9]], [[0.4, 0.1], [0.0, -1.0]], 0)])
+def test_iou_on_the_grid_is_that_of_the_cells_with_a_truth(mask, truth, iou):
+    both = [torch.tensor([values, np.eye(2).tolist()]) for values in (mask, truth)]
+    assert grid_iou(*both) == pytest.approx((iou + 1) / 2)  # the mean with a perfect one
 
 
 def test_arrays_that_do_not_fit_are_refused():

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from common.runtime.errors import UserError
-from common.runtime.files import require_intact
+from common.runtime.files import expanded, require_intact
 from common.runtime.reading import reading
 
 STANDIN = Path(__file__).parents[1] / "standin"
@@ -43,7 +43,7 @@ def load_clip(name: str,
         mend = f"name in CLIP a file, or a tag that open_clip has for {model_name} ({tags})"
         if not source:
             raise UserError(f"CLIP={name} names no weights: {mend}")
-        weights = _download(name, tag) if tag else Path(source).expanduser()
+        weights = _download(name, tag) if tag else expanded(source)
 
     state = _read_weights(weights, mend)
     if OPENAI_KEYS & state.keys():
@@ -65,7 +65,7 @@ def load_clip(name: str,
 def absolute_clip(name: str) -> str:
     """`name` as a cache keeps it: a weights file's path is understood from every folder."""
     model_name, _, source = name.partition("/")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_file() or open_clip.get_pretrained_cfg(model_name, source):
         return name
     return f"{model_name}/{path.resolve()}"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from common.frozen import mobile_sam
 from common.runtime import distributed
 from common.runtime.errors import UserError
-from common.runtime.files import require_intact
+from common.runtime.files import expanded, require_intact
 from common.runtime.reading import reading
 
 META = "https://dl.fbaipublicfiles.com/segment_anything"
@@ -71,7 +71,7 @@ def load_sam(name: str, device: torch.device) -> Sam:
         size, colon, path = name.partition(":")
         if not (colon and size in CHECKPOINTS):
             size, path = None, name
-        sam = _load_checkpoint(Path(path).expanduser(), size)
+        sam = _load_checkpoint(expanded(path), size)
     return sam.eval().requires_grad_(False).to(device)
 
 
@@ -80,9 +80,9 @@ def absolute_sam(name: str) -> str:
     size, colon, path = name.partition(":")
     if not (colon and size in CHECKPOINTS):
         size, colon, path = "", "", name
-    if name in (*CHECKPOINTS, "demo") or not Path(path).expanduser().is_file():
+    if name in (*CHECKPOINTS, "demo") or not expanded(path).is_file():
         return name
-    return size + colon + str(Path(path).expanduser().resolve())
+    return size + colon + str(expanded(path).resolve())
 
 
 def _load_checkpoint(path: Path, size: str | None, compared: bool = False) -> Sam:
@@ -186,7 +186,7 @@ def _read(path: Path, compared: bool) -> object:
 
 def cache_dir() -> Path:
     """Where checkpoints are kept: $ALIGNSAM_CACHE, or ~/.cache/alignsam."""
-    return Path(os.environ.get("ALIGNSAM_CACHE") or "~/.cache/alignsam").expanduser()
+    return expanded(os.environ.get("ALIGNSAM_CACHE") or "~/.cache/alignsam")
 
 
 def download_checkpoint(name: str) -> Path:

@@ -25,6 +25,7 @@ from common.results.outputs import Drawing
 from common.results.own_images import name_files
 from common.runtime import distributed
 from common.runtime.errors import UserError, some
+from common.runtime.files import expanded
 from common.runtime.progress import progress
 from common.tasks import get_task
 
@@ -135,7 +136,7 @@ def split(given: str, own_rows: Collection[str]) -> dict[str, Path]:
         if "|" in row or not row.isprintable():
             raise UserError(f"MASKS names the row {row!r}, which cannot stand in a table: leave "
                             "out | and what cannot be printed")
-        folders[row] = Path(folder).expanduser()
+        folders[row] = expanded(folder)
         if not folders[row].is_dir():
             raise UserError(f"MASKS names {folder} for {row}, which is no folder: name the one "
                             "that holds its masks")

@@ -34,7 +34,7 @@ from common.results.pictures import draw_points, overlay, save_picture
 from common.runtime import checkpoint, script
 from common.runtime.batches import in_batches, is_out_of_memory
 from common.runtime.errors import UserError, some
-from common.runtime.files import require_ours, write_text
+from common.runtime.files import expanded, require_ours, write_text
 from common.runtime.run import Run
 from common.runtime.settings import choose
 
@@ -70,7 +70,7 @@ def segment(images: str, run: Run, classes: tuple[str, ...], align: Align, srm: 
     in this folder or with an earlier one; where a file of the user's would be replaced; and at the
     end where images got no mask. OSError where the disk is full.
     """
-    folder, out, texts = Path(images).expanduser(), run.folder / "masks", run.cache.texts
+    folder, out, texts = expanded(images), run.folder / "masks", run.cache.texts
     wanted = choose_texts(classes, run.cache, made_with)
     paths, passed_over = find_images(folder, out)
     indices = [texts.index(text) for text in wanted]
@@ -150,7 +150,7 @@ def choose_texts(classes: tuple[str, ...], cache: Cache, made_with: dict) -> lis
     shots = cache.samples("train")[:made_with["shots"] or None]
     seen = set(shots[:, 1].tolist())
     if made_with["every_text"]:  # also the other classes in these images
-        seen |= set(np.flatnonzero(cache.file["present"][:][shots[:, 0]].any(0)).tolist())
+        seen |= set(np.flatnonzero(cache.present(shots[:, 0]).any(0)).tolist())
     unseen = [text for index, text in enumerate(cache.texts) if index not in seen]
     if unseen:
         print(f"not looked for, as no training sample shows them: {', '.join(unseen)} (CLASSES "

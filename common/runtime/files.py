@@ -82,6 +82,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with ~ and ~user written out. Raises UserError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} begins with the home folder of a user who does not exist: write "
+                        "the whole path") from error
+
+
 def lock(folder: Path) -> None:
     """Makes the folder and claims it until this process ends, however it ends.
 

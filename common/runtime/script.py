@@ -15,6 +15,7 @@ import torch
 from common.runtime import distributed, first, settings
 from common.runtime.batches import is_out_of_memory
 from common.runtime.errors import UserError
+from common.runtime.files import expanded
 
 MENDS = {  # the sentences for errors of the disk that the user can solve; {} is the path
     errno.ENOSPC: "there is no space left to write {}: free some disk space and run the same "
@@ -118,12 +119,12 @@ def device(name: str) -> torch.device:
 
 def run_dir(run_dir: str, task: str) -> Path:
     """The folder of a run's files: `run_dir`, or runs/<task> if that is empty; it is not made."""
-    return Path(run_dir).expanduser() if run_dir else Path("runs") / task
+    return expanded(run_dir) if run_dir else Path("runs") / task
 
 
 def cache_path(features: str, run_dir: Path) -> Path:
     """The path of the cache: `features`, or features.h5 in the run folder if that is empty."""
-    return Path(features).expanduser() if features else run_dir / "features.h5"
+    return expanded(features) if features else run_dir / "features.h5"
 
 
 def command(script: str, constants: dict[str, object], same: tuple[str, ...] = ()) -> str:
