@@ -447,8 +447,9 @@ def test_the_first_frame_is_used_and_that_is_said(tmp_path, attributes, capsys):
 
 
 def test_the_texts_that_no_training_sample_shows_are_not_looked_for_unless_named(capsys):
-    present = np.array([[1, 0, 1, 0], [0, 1, 0, 0]], np.uint8)
-    cache = SimpleNamespace(texts=("ring", "ball", "star", "leaf"), file={"present": present},
+    present = np.array([[1, 0, 1, 0], [0, 1, 0, 0]], bool)
+    cache = SimpleNamespace(texts=("ring", "ball", "star", "leaf"),
+                            present=lambda rows: present[rows],
                             samples=lambda split: np.array([[0, 0], [1, 1]]))
     seen = {"shots": 1, "every_text": False}
     assert choose_texts(("all",), cache, seen) == ["ring"]
