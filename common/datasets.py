@@ -106,9 +106,14 @@ def read_list(file: Path) -> list[str]:
 
     Of a line such as 1.bmp--out_of_focus0002, as copies of CUHK have it, the name is what follows.
     """
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    paths = [Path(line.rpartition("--")[2].strip()) for line in lines if line.strip()]
+    paths = [Path(line.rpartition("--")[2].strip()) for line in _lines(file)]
     return list(dict.fromkeys(composed(_without_extension(path.name)) for path in paths))
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text file that are not empty, without space around them."""
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _without_extension(name: str) -> str:
@@ -125,14 +130,12 @@ def read_skip(text: str) -> list[str]:
     items = []
     for item in filter(None, (item.strip() for item in text.split(","))):
         if item.lower().endswith(".txt") and (file := expanded(item)).is_file():
-            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            paths = [Path(line.strip()) for line in lines if line.strip()]
-            items += [composed(_without_extension(f"{path.parent.name}/{path.name}")
-                               if path.parent.name in ("train", "test")
-                               else _without_extension(path.name)) for path in paths]
+            for path in map(Path, _lines(file)):
+                split = path.parent.name
+                items.append(f"{split}/{path.name}" if split in ("train", "test") else path.name)
         else:
-            items.append(composed(_without_extension(item)))
-    return items
+            items.append(item)
+    return [composed(_without_extension(item)) for item in items]
 
 
 def left_out(skip: list[str], samples: list[Sample], cached: Collection[str] = ()) -> set[str]:

@@ -117,6 +117,13 @@ def scripts(monkeypatch, tmp_path, request):
     return commands
 
 
+def edit(path: Path, change: Callable) -> None:
+    """Changes the content of a JSON file in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
 def test_tables_hold_mean_and_deviation_over_seeds_and_nothing_is_run_twice(scripts, monkeypatch):
     monkeypatch.setattr(tables, "SEEDS", (0, 1))
     tables.main()
@@ -351,10 +358,7 @@ def test_samed_and_msa_are_trained_beside_each_agent_and_stand_in_tables_2_3_and
     monkeypatch.setattr(tables, "EXPERIMENTS", ("rivals",))
     tables.main()
     assert [stage for stage, _ in scripts[first:]] == ["01"]  # nothing is trained or scored twice
-    path = Path("runs/demo_saliency-seed0/rivals.json")
-    content = json.loads(path.read_text())
-    content["rows"].pop("MSA")
-    path.write_text(json.dumps(content))
+    edit(Path("runs/demo_saliency-seed0/rivals.json"), lambda content: content["rows"].pop("MSA"))
     with pytest.raises(UserError, match="rivals.json lacks the row MSA: delete it"):
         tables.main()
 
@@ -367,10 +371,8 @@ def test_samed_and_msa_are_of_one_recipe(scripts, monkeypatch, change, said):
     monkeypatch.setattr(tables, "SEEDS", (0, 1))
     monkeypatch.setattr(tables, "EXPERIMENTS", ("rivals",))
     tables.main()
-    path = Path("runs/demo_saliency-seed1/rivals.json")
-    content = json.loads(path.read_text())
-    change(content["given_masks"]["MSA"]["training"])
-    path.write_text(json.dumps(content))
+    edit(Path("runs/demo_saliency-seed1/rivals.json"),
+         lambda content: change(content["given_masks"]["MSA"]["training"]))
     with pytest.raises(UserError, match=f"seed1/rivals.json {said}: move runs/.*-seed1 away"):
         tables.main()
 
@@ -379,10 +381,9 @@ def test_results_that_do_not_say_how_rivals_were_trained_are_named(scripts, monk
     monkeypatch.setattr(tables, "EXPERIMENTS", ("rivals",))
     tables.main()
     path = Path("runs/demo_saliency-seed0/rivals.json")
-    content = json.loads(path.read_text())
-    content["given_masks"]["SAMed"].pop("training")
-    for changed in (content, {name: its for name, its in content.items() if name != "given_masks"}):
-        path.write_text(json.dumps(changed))
+    for change in (lambda content: content["given_masks"]["SAMed"].pop("training"),
+                   lambda content: content.pop("given_masks")):
+        edit(path, change)
         with pytest.raises(UserError, match="rivals.json does not say how SAMed was trained: del"):
             tables.main()
     path.unlink()
@@ -417,10 +418,7 @@ def test_results_with_another_srm_than_the_seeds_own_are_not_taken(
     monkeypatch.setattr(tables, "EXPERIMENTS", ("iterations", "rivals"))
     monkeypatch.setattr(tables, "FIGURE7", True)
     tables.main()
-    path = Path("runs", file)
-    content = json.loads(path.read_text())
-    content["trained"]["srm"] = "another"
-    path.write_text(json.dumps(content))
+    edit(Path("runs", file), lambda content: content["trained"].update(srm="another"))
     with pytest.raises(UserError, match=f"was made from another srm file .*: move runs/[^/]*{stale}"
                                         " away"):
         tables.main()
@@ -494,10 +492,7 @@ def test_a_table_is_of_one_recipe(scripts, monkeypatch, change, said):
     monkeypatch.setattr(tables, "SEEDS", (0, 1))
     monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
     tables.main()
-    path = Path("runs/demo_saliency-seed1/results.json")
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    edit(Path("runs/demo_saliency-seed1/results.json"), change)
     with pytest.raises(UserError, match=f"seed1/results.json was made with {said}"):
         tables.main()
 
@@ -505,10 +500,7 @@ def test_a_table_is_of_one_recipe(scripts, monkeypatch, change, said):
 def test_20_rounds_that_are_fewer_are_not_taken_for_them(scripts, monkeypatch):
     monkeypatch.setattr(tables, "EXPERIMENTS", ("iterations",))
     tables.main()
-    path = Path("runs/demo_saliency-seed0/T20.json")
-    content = json.loads(path.read_text())
-    with_rounds(content, 15)
-    path.write_text(json.dumps(content))
+    edit(Path("runs/demo_saliency-seed0/T20.json"), lambda content: with_rounds(content, 15))
     with pytest.raises(UserError, match="T20.json was made with ROUNDS=15, and now it is 20"):
         tables.main()
 
@@ -575,7 +567,10 @@ def pooled(content: dict) -> dict:
     (lambda content: pooled(content).update(BER=float("inf")), "a figure is not finite"),
     (lambda content: pooled(content).pop("IoU"), "KeyError"),
     (lambda content: content.update(rows=[]), "rows is no dict"),
-    (lambda content: content.update(given_masks=5), "given_masks is no dict"),
+    (lambda content: content.update(given_masks=5), "AttributeError|training is no dict"),
+    (lambda content: content.update(given_masks={"MSA": 5}), "AttributeError|training is no dict"),
+    (lambda content: content.update(given_masks={"MSA": {"training": 5}}),
+     "AttributeError|training is no dict"),
     (lambda content: content["rows"].pop("AlignSAM"), "lacks the row AlignSAM"),
     (lambda content: content.update(iou_per_round={}), "KeyError"),
     (lambda content: content["iou_per_round"]["AlignSAM"].pop(),
@@ -585,9 +580,7 @@ def pooled(content: dict) -> dict:
      "lacks the row PerSAM: delete it and run the same command again"),
 ])
 def test_results_that_do_not_hold_what_the_tables_need_are_named(results, change, said):
-    content = json.loads(results.read_text())
-    change(content)
-    results.write_text(json.dumps(content))
+    edit(results, change)
     with pytest.raises(UserError, match=f"results.json .*{said}"):
         tables.read_results(results, "sbu", ("AlignSAM", "PerSAM"))
 

@@ -334,8 +334,9 @@ def check_figures(content: dict) -> None:
         for label in content["rows"]["AlignSAM"].get("per_class", ()):
             after_rounds.append(content["iou_per_round_per_class"]["AlignSAM"][label])
             figures += after_rounds[-1]
-    if not isinstance(content.get("given_masks", {}), dict):
-        raise ValueError("given_masks is no dict")
+    for record in content.get("given_masks", {}).values():
+        if not isinstance(record.get("training", {}), dict):
+            raise ValueError("training is no dict")
     if not all(map(math.isfinite, figures)):
         raise ValueError("a figure is not finite")
     if any(len(values) != content["rounds"] + 1 for values in after_rounds):

@@ -1,5 +1,5 @@
-"""Files that are never half written and replace none of the user's; folders that one process
-claims; checks for damage.
+"""Files that are never half written and replace none of the user's; paths as users write them;
+folders that one process claims; checks for damage.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ _OURS = {  # {suffix: what the beginning of such a file holds where this project
     ".json": rb'^\{\s*"(task|device|seed)": .*,\s*"(sam|models|torch|seconds)": ',
     ".md": rb"^# .+\n\nSAM .+, CLIP .+ branch, ",
     ".jsonl": rb'^\{"folder": ',
+    ".safetensors": rb'(?s)^.{8}\{"',  # of the stand-ins' training, in places of its own
     ".pt": rb"^PK",  # more is looked at where a checkpoint is loaded
     ".part": rb'^(PK|\{"made_with": )',
 }

@@ -79,6 +79,4 @@ def draw_scenes(folder: Path, count: int) -> None:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Writes a model's weights, as float16. A kill leaves the old file or the new one."""
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}")
-    save_file(weights, temporary)
-    os.replace(temporary, path)
+    files.write_atomic(path, lambda temporary: save_file(weights, temporary))
