@@ -18,10 +18,15 @@ from common.cache import Cache
 from common.cache_file import CacheWriter, Layout, known_places
 from common.datasets import draw_shots, left_out, list_samples, read_skip
 from common.frozen.clip_surgery import ClipSurgery
-from common.frozen.clip_weights import absolute_clip, load_clip
+from common.frozen.clip_weights import absolute_clip, clip_setup, load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder
-from common.frozen.sam_weights import absolute_sam, load_sam, sam_fingerprint
+from common.frozen.sam_weights import (
+    absolute_sam,
+    encoder_fingerprint,
+    load_sam,
+    sam_fingerprint,
+)
 from common.label_maps import check_samples
 from common.prepare import Decoded, decode_ahead, mask_summary, open_task
 from common.results.data_sheet import draw_data, foreground_line
@@ -104,7 +109,9 @@ def main() -> None:
     made_with = {
         "task": TASK, "branch": task.branch,
         "sam": absolute_sam(SAM), "sam_fingerprint": sam_fingerprint(sam),
+        "encoder_fingerprint": encoder_fingerprint(sam),
         "clip": absolute_clip(CLIP), "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()),
+        "clip_setup": clip_setup(clip),
         "clip_size": clip_size, "image_size": IMAGE_SIZE, "shots": SHOTS, "seed": SEED,
         "precision": "bf16" if embedder.bf16 else "fp32",
         **({"cuhk_white_is_blurred": CUHK_WHITE_IS_BLURRED} if TASK == "cuhk" else {}),

@@ -33,9 +33,11 @@ def best_threshold(maps: Tensor, truths: Iterable[np.ndarray]) -> float:
 
 
 def prompt_with_map(episode: Episode, count: int) -> None:
-    """CLIP Surgery's points (arXiv 2304.05653, section 3.4), all in one prompt.
+    """Points from CLIP Surgery's map (arXiv 2304.05653, section 3.4), all in one prompt.
 
     The `count` patch centres where M_c is highest are foreground, as many of the lowest background.
+    (The authors count the cells of a smaller map that are above a threshold; here AlignSAM's places
+    and number of points are kept, so that the row differs in the choice alone.)
     Where there are too few patches, each has one label.
     """
     centres = episode.centres.expand(len(episode.maps), -1, -1)

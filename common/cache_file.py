@@ -64,6 +64,7 @@ CHUNKED = ("embeddings", "maps", "truth_grid", "pictures")  # one image a chunk;
 SUMMED = (*CHUNKED, "truth_centres", "present", "labels")
 ENTRY = (*SUMMED, "crc", "done")  # what is written image by image
 NOT_COMPARED = ("time", "versions")  # attributes in which a resumed run may differ from the file
+ADDED = {"encoder_fingerprint", "clip_setup"}  # that older caches lack
 MEND = "set another RUN_DIR or FEATURES, or delete the file"
 AGAIN = "delete it and run 01_cache_features.py again"
 
@@ -453,6 +454,8 @@ class CacheWriter:
             for name, absolute in (("sam", absolute_sam), ("clip", absolute_clip)):
                 # older caches keep paths as they were given
                 stored[name] = absolute(str(stored.get(name)))
+            for name in ADDED & now.keys():
+                stored.setdefault(name, now[name])
             # a constant that is stored only where it is set (FOREGROUND) may be in the file alone
             wanted = now | {name: "empty" for name in stored if name not in now}
             compared = {name: value for name, value in wanted.items()

@@ -402,6 +402,16 @@ def test_a_constant_that_is_stored_only_where_it_is_set_may_not_be_left_out(path
         CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES)
 
 
+@pytest.mark.parametrize("name", ["encoder_fingerprint", "clip_setup"])
+def test_an_older_cache_that_tells_less_of_its_models_is_gone_on_with(path, name):
+    create(path, LAYOUT, ATTRIBUTES)
+    CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES | {name: "2c"}).close()
+    path.unlink()
+    create(path, LAYOUT, ATTRIBUTES | {name: "2c"})
+    with pytest.raises(UserError, match=f"{name.upper()}=2c, and now it is 3d"):
+        CacheWriter.open_or_create(path, LAYOUT, ATTRIBUTES | {name: "3d"})
+
+
 def test_another_time_and_other_library_versions_are_no_contradiction(complete):
     later = ATTRIBUTES | {"time": "now", "versions": {"torch": "2.7"}}
     with CacheWriter.open_or_create(complete, LAYOUT, later) as writer:

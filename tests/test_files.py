@@ -33,7 +33,7 @@ TEXTS = {
     "bench.json": json.dumps({"device": "CPU, 2 cores", "torch": "2.9"}, indent=1),
     "faults.json": json.dumps({"seed": 0, "seconds": {"killed": 3.0}}, indent=1),
     "masks.jsonl": json.dumps({"folder": "/photos", "image": "a.png"}) + "\n",
-    "masks.json.part": json.dumps({"made_with": "{}", "images": {}}),
+    "masks.json.part": json.dumps({"made_with": "{}"}) + "\n",
 }
 FOREIGN = {".png": b"\x89PNG of someone else", ".csv": b"name,age\nAda,36\n",
            ".json": b'{"name": "Ada"}', ".jsonl": b'{"name": "Ada"}\n', ".md": b"# My notes\n",

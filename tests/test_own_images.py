@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.frozen.clip_weights import load_clip
+from common.frozen.clip_weights import clip_setup, load_clip
 from common.frozen.sam import SamEmbedder
-from common.frozen.sam_weights import load_sam, sam_fingerprint
+from common.frozen.sam_weights import encoder_fingerprint, load_sam, sam_fingerprint
 from common.results import own_images as own
 from common.results.own_images import (
     choose_texts,
@@ -178,7 +178,8 @@ def stand_ins() -> dict:
     sam, (clip, _) = load_sam("demo", CPU), load_clip("demo", CPU)
     return {"sam": "demo", "sam_fingerprint": sam_fingerprint(sam), "clip": "demo",
             "clip_fingerprint": checkpoint.fingerprint(clip.state_dict()), "clip_size": 192,
-            "image_size": 800, "precision": "fp32"}
+            "image_size": 800, "precision": "fp32",
+            "encoder_fingerprint": encoder_fingerprint(sam), "clip_setup": clip_setup(clip)}
 
 
 @pytest.fixture
@@ -381,6 +382,57 @@ def test_one_bad_image_is_named_and_the_others_get_their_masks(
     assert told(out) == [("d.png", "d.png")]
     segment_dogs(mine, out, attributes)
     assert len(told(out)) == 4 and not (out / "masks.json.part").exists()
+
+
+def test_a_kill_may_tear_the_last_lines_and_costs_that_image_alone(tmp_path, attributes):
+    out, mine = tmp_path / "masks", photos(tmp_path / "mine", "a.png", "b.png", "c.png")
+    computed = []
+
+    def count(embeddings, maps):
+        computed.append(maps)
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return left_half(embeddings, maps)
+
+    with pytest.raises(KeyboardInterrupt):
+        segment_dogs(mine, out, attributes, count)
+    assert told(out) == [("a.png", "a.png"), ("b.png", "b.png")]
+    for name in ("masks.jsonl", "masks.json.part"):
+        (out / name).write_bytes((out / name).read_bytes()[:-9])
+    segment_dogs(mine, out, attributes, count)
+    assert len(computed) == 5  # b and c
+    assert told(out) == [(name, name) for name in ("a.png", "b.png", "c.png")]
+
+
+def test_an_image_adds_its_own_lines_and_writes_no_others_again(tmp_path, attributes, monkeypatch):
+    written = []
+    monkeypatch.setattr(own, "write_text", lambda path, text: written.append(text))
+    monkeypatch.setattr(own, "append_text", lambda path, text: written.append(text))
+    names = [f"{number:02}.png" for number in range(12)]
+    segment_dogs(photos(tmp_path / "mine", *names), tmp_path / "masks", attributes)
+    mentions = [text.count('"mask": ') for text in written]
+    assert mentions == [0, 0] + [1, 1] * 12 + [12]  # begun, an image each, and put in order
+
+
+def test_a_mask_that_is_made_again_has_one_line_in_the_end(tmp_path, attributes):
+    out, mine = tmp_path / "masks", photos(tmp_path / "mine", "a.png", "b.png")
+    segment_dogs(mine, out, attributes, made_with={"seed": 0})
+    segment_dogs(mine, out, attributes, made_with={"seed": 1})
+    assert told(out) == [("a.png", "a.png"), ("b.png", "b.png")]
+
+
+def test_other_models_than_the_caches_are_refused(tmp_path, stand_ins):
+    mine, out = photos(tmp_path / "mine", "photo.png"), tmp_path / "masks"
+    for name, said in (("sam_fingerprint", "SAM=demo is not the one that made the cache"),
+                       ("encoder_fingerprint", "SAM=demo is not the one that made the cache"),
+                       ("clip_fingerprint", "CLIP=demo is not the one that made the cache"),
+                       ("clip_setup", "CLIP=demo has the weights .* otherwise .QuickGELU, mean")):
+        with pytest.raises(UserError, match=said):
+            segment_dogs(mine, out, stand_ins | {name: "0a"})
+    older = {name: value for name, value in stand_ins.items()
+             if name not in ("encoder_fingerprint", "clip_setup")}
+    segment_dogs(mine, out, older)
+    assert told(out) == [("photo.png", "photo.png")]
 
 
 def test_features_that_are_not_finite_are_named(tmp_path, stand_ins, monkeypatch, capsys):

@@ -458,6 +458,19 @@ def test_the_page_fits_a_window_of_400_pixels(tmp_path):
     assert found["cards"] == 1 and found["width"] == 400 and found["needed"] <= 400
 
 
+def test_all_columns_of_the_results_are_seen_at_once_in_a_window_of_1200_pixels(tmp_path):
+    scores = dict.fromkeys(("mIoU", "F", "BER", "E", "MAE", "FR"), 0.5)
+    scores["pooled"] = {"IoU": 0.5, "BER": 0.5}
+    rows = {"AlignSAM": scores, "labels: CLIP Surgery": scores}
+    written(tmp_path / "report.html", results=RESULTS | {"rows": rows})
+    found = browse(tmp_path / "report.html", """
+        const region = one(".scroll");
+        Object.assign(found, { columns: texts(".scroll th[scope=col]").length,
+          room: region.clientWidth, needed: region.scrollWidth });
+        """, "--window-size=1200,900")
+    assert found["columns"] == 8 and found["needed"] <= found["room"]
+
+
 def test_the_page_follows_the_colour_scheme(tmp_path):
     written(tmp_path / "report.html")
     probe = "found.colour = getComputedStyle(document.body).backgroundColor;"

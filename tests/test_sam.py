@@ -27,6 +27,8 @@ from common.frozen.sam import BatchedPrompter, SamEmbedder, full_masks, probabil
 from common.frozen.sam_weights import (
     absolute_sam,
     download_checkpoint,
+    encoder_fingerprint,
+    load_cached_sam,
     load_decoder,
     load_sam,
     sam_fingerprint,
@@ -199,6 +201,18 @@ def test_the_fingerprint_changes_with_any_weight_of_the_decoder_or_the_prompt_en
     prompts.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix[0, 0] += 1e-3
     assert sam_fingerprint(same) == sam_fingerprint(tiny)
     assert len({sam_fingerprint(s) for s in (tiny, decoder, prompts)}) == 3
+
+
+def test_a_sam_with_another_image_encoder_is_not_the_one_that_made_the_cache(demo, monkeypatch):
+    other = copy.deepcopy(demo)
+    next(other.image_encoder.parameters()).view(-1)[-1] += 1e-3
+    assert sam_fingerprint(other) == sam_fingerprint(demo)
+    attributes = {"sam": "demo", "sam_fingerprint": sam_fingerprint(demo),
+                  "encoder_fingerprint": encoder_fingerprint(demo)}
+    load_cached_sam(attributes, CPU)
+    monkeypatch.setattr(sam_weights, "load_sam", lambda *_: other)
+    with pytest.raises(UserError, match="SAM=demo is not the one that made the cache"):
+        load_cached_sam(attributes, CPU)
 
 
 # Loading

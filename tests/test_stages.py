@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.frozen.clip_weights import clip_setup, load_clip
+from common.frozen.sam_weights import encoder_fingerprint, load_sam, sam_fingerprint
 from common.runtime import checkpoint
 from tests.conftest import STAGES, arrays, command, run
 
@@ -56,6 +58,16 @@ def test_a_run_folder_holds_cache_weights_logs_pictures_and_results(workplace):
     for row in log:  # rewards of +1 and -1 make the return of T = 3 rounds a function of this rate
         rate = float(row["foreground_rate"])
         assert float(row["return"]) == pytest.approx(3 * (2 * rate - 1), abs=1e-4)
+
+
+def test_a_cache_tells_which_models_made_it(workplace):
+    with h5py.File(workplace / "runs/folder/features.h5") as file:
+        told = dict(file.attrs)
+    sam, (clip, _) = load_sam("demo", "cpu"), load_clip("demo", "cpu")
+    assert told["sam_fingerprint"] == sam_fingerprint(sam)
+    assert told["encoder_fingerprint"] == encoder_fingerprint(sam)
+    assert told["clip_fingerprint"] == checkpoint.fingerprint(clip.state_dict())
+    assert told["clip_setup"] == clip_setup(clip)
 
 
 def test_results_hold_the_four_rows_and_the_iou_of_every_round(workplace):

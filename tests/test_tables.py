@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,6 +280,18 @@ def test_an_experiment_is_a_set_of_constants(scripts, monkeypatch):
     assert {given["FEATURES"] for stage, given in scripts if stage != "01"} == {
         "runs/demo_saliency/features.h5"}
     assert Path("runs/demo_saliency/figure7_episodes.png").exists()
+
+
+def test_a_sam_whose_file_has_moved_is_named_to_every_stage(scripts, monkeypatch):
+    tables.main()
+    assert not any("SAM" in given for stage, given in scripts)
+    scripts.clear()
+    shutil.rmtree("runs")
+    monkeypatch.setattr(tables, "SAM", "elsewhere/vit_b.pth")
+    tables.main()
+    assert {stage for stage, _ in scripts} == {"01", "02", "03", "04", "-m"}
+    assert {given.get("SAM") for stage, given in scripts if stage != "01"} == {
+        "elsewhere/vit_b.pth"}
 
 
 def figure_of(row: str, metric: str, trained: dict, rounds: int) -> float:

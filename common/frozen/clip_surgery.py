@@ -1,9 +1,9 @@
 """Text-guided maps from a frozen CLIP: CLIP Surgery (Li et al., arXiv 2304.05653) on open_clip.
 
 No module is changed: `surgery_tokens` walks the image tower's own layers and runs a second path
-beside the first. All is float32: maps are made once per image, so speed matters little, and feature
-surgery takes the difference of nearly equal similarities, of which half precision keeps too few
-digits.
+beside the first. All is float32 (torch lets a GPU's convolutions, here that of the patches, use
+TF32): maps are made once per image, so speed matters little, and feature surgery takes the
+difference of nearly equal similarities, of which half precision keeps too few digits.
 """
 
 from collections.abc import Sequence

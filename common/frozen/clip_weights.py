@@ -22,7 +22,7 @@ def load_clip(name: str,
     name: "demo" (the small stand-in of this repository), "<open_clip model>/<pretrained tag>" such
     as "ViT-B-16-quickgelu/openai", which is downloaded, or "<open_clip model>/<checkpoint file>".
     Most files do not tell which activation they were trained with: name the model, "-quickgelu" or
-    not, accordingly.
+    not, accordingly. A file's pictures are normalised as OpenAI's were.
 
     Raises UserError for an unknown model or tag, a model that is no plain CLIP ViT, QuickGELU
     weights under a model without it, and weights that are missing, damaged, unreadable, not finite
@@ -60,6 +60,13 @@ def load_clip(name: str,
     model.visual.image_std = tag.get("std", open_clip.OPENAI_DATASET_STD)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def clip_setup(clip: open_clip.CLIP) -> str:
+    """What the weights do not tell: the activation, and the mean and deviation of pictures."""
+    activation = type(clip.transformer.resblocks[0].mlp.gelu).__name__
+    mean, deviation = (tuple(of) for of in (clip.visual.image_mean, clip.visual.image_std))
+    return f"{activation}, mean {mean}, deviation {deviation}"
 
 
 def absolute_clip(name: str) -> str:

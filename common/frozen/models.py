@@ -15,7 +15,8 @@ class FrozenModels:
     """F and M_c of a picture, by SAM's encoder and CLIP Surgery together.
 
     Stage 1 and images of one's own both come through here, so that the inputs of a trained run are
-    always made as those it was trained on. frame: side in pixels of the square that points lie in.
+    made as those it was trained on, but for the cache's rounding to float16. frame: side in pixels
+    of the square that points lie in.
     """
 
     def __init__(self, embedder: SamEmbedder, surgery: ClipSurgery, frame: int) -> None:

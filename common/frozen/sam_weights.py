@@ -13,7 +13,7 @@ from segment_anything.modeling import Sam
 from tqdm import tqdm
 
 from common.frozen import mobile_sam
-from common.runtime import distributed
+from common.runtime import checkpoint, distributed
 from common.runtime.errors import UserError
 from common.runtime.files import expanded, require_intact
 from common.runtime.reading import reading
@@ -271,14 +271,25 @@ def sam_fingerprint(sam: Sam) -> str:
     return digest.hexdigest()[:16]
 
 
+def encoder_fingerprint(sam: Sam) -> str:
+    """16 hex digits over the image encoder's weights.
+
+    Where the encoder alone was fine-tuned, `sam_fingerprint` is that of the original SAM.
+    """
+    return checkpoint.fingerprint(sam.image_encoder.state_dict())
+
+
 def load_cached_sam(attributes: dict, device: torch.device) -> Sam:
     """The SAM whose embeddings a cache holds.
 
-    attributes: the cache's, of which `sam` and `sam_fingerprint` are read. Raises UserError where
-    the file of that name now holds other weights, and all that `load_sam` raises.
+    attributes: the cache's, of which `sam` and the two fingerprints are read; older caches have
+    none of the encoder. Raises UserError where the file of that name now holds other weights, and
+    all that `load_sam` raises.
     """
     sam = load_sam(attributes["sam"], device)
-    if sam_fingerprint(sam) != attributes["sam_fingerprint"]:
+    own = encoder_fingerprint(sam)
+    if (sam_fingerprint(sam) != attributes["sam_fingerprint"]
+            or attributes.get("encoder_fingerprint", own) != own):
         raise UserError(f"SAM={attributes['sam']} is not the one that made the cache: set SAM to "
                         "the path of that one, or run all stages in another RUN_DIR")
     return sam

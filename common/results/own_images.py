@@ -25,16 +25,16 @@ from tqdm import tqdm
 from common.cache import Cache
 from common.episode import Episode
 from common.frozen.clip_surgery import ClipSurgery
-from common.frozen.clip_weights import load_clip
+from common.frozen.clip_weights import clip_setup, load_clip
 from common.frozen.models import FrozenModels
 from common.frozen.sam import SamEmbedder, full_masks
-from common.frozen.sam_weights import load_sam, sam_fingerprint
+from common.frozen.sam_weights import load_cached_sam
 from common.images import frame_count, load_image, register_heif
 from common.results.pictures import draw_points, overlay, save_picture
 from common.runtime import checkpoint, script
 from common.runtime.batches import in_batches, is_out_of_memory
 from common.runtime.errors import UserError, some
-from common.runtime.files import expanded, require_ours, write_text
+from common.runtime.files import append_text, expanded, require_ours, write_text
 from common.runtime.run import Run
 from common.runtime.settings import choose
 
@@ -108,6 +108,7 @@ def segment(images: str, run: Run, classes: tuple[str, ...], align: Align, srm: 
             tqdm.write(f"no mask of {path}: {reason}", file=sys.stderr)
             without_mask.append(path.as_posix())
 
+    progress.write_lines()
     print(f"wrote masks of {len(paths) - len(without_mask)} images to {out}")
     if several_frames:
         print(f"only the first of several frames or pages was used of {some(several_frames)}")
@@ -253,13 +254,16 @@ def load_models(attributes: dict, texts: tuple[str, ...], device: torch.device) 
 
     Raises UserError where they are others now.
     """
-    sam = load_sam(attributes["sam"], device)
+    sam = load_cached_sam(attributes, device)
     clip, tokenizer = load_clip(attributes["clip"], device)
-    found = {"sam": sam_fingerprint(sam), "clip": checkpoint.fingerprint(clip.state_dict())}
-    for name, fingerprint in found.items():
-        if fingerprint != attributes[f"{name}_fingerprint"]:
-            raise UserError(f"{name.upper()}={attributes[name]} is not the one that made the "
-                            f"cache: set {name.upper()} to the one that did, or run stage 1 again")
+    if checkpoint.fingerprint(clip.state_dict()) != attributes["clip_fingerprint"]:
+        raise UserError(f"CLIP={attributes['clip']} is not the one that made the cache: set CLIP "
+                        "to the one that did, or run stage 1 again")
+    setup = clip_setup(clip)
+    if attributes.get("clip_setup", setup) != setup:  # older caches do not tell theirs
+        raise UserError(f"CLIP={attributes['clip']} has the weights that made the cache, but is "
+                        f"set up otherwise ({setup}; there {attributes['clip_setup']}): name the "
+                        "model and tag in CLIP that stage 1 had")
     surgery = ClipSurgery(clip, tokenizer, attributes["clip_size"], texts)
     embedder = SamEmbedder(sam, attributes["precision"])
     return FrozenModels(embedder, surgery, attributes["image_size"])
@@ -338,6 +342,10 @@ class Progress:
     masks.jsonl gets an image's lines as soon as its masks are there. masks.json.part keeps which
     images are done, so that the same call goes on after a kill, and does only the broken files once
     they are mended. It goes when all images are done.
+
+    Both grow at their ends: writing them anew for each of 10,000 images would take longer than the
+    masks. So a kill may tear the last line, which is then left out, and until the call ends
+    masks.jsonl may hold two lines of one mask, of which the last counts.
     """
 
     def __init__(self, out: Path, folder: Path) -> None:
@@ -376,25 +384,36 @@ class Progress:
             if entry["stamp"] == self.stamps.get(name):
                 self.images[name] = entry
                 self.lines |= {line["mask"]: line for line in entry["lines"]}
-        if not self.images:
-            self.part.unlink(missing_ok=True)  # another call's, whose masks this one may replace
+        # without what another call has done: this one may replace its masks
+        entries = [{"image": name, **entry} for name, entry in self.images.items()]
+        write_text(self.part, json_lines({"made_with": self.made_with}, *entries))
         self.write_lines()
 
     def add(self, path: Path, lines: list[dict]) -> None:
         """Keeps that the image `path` is done. lines: its lines of masks.jsonl."""
-        self.lines |= {line["mask"]: line for line in lines}
-        self.write_lines()
         name = path.as_posix()
-        self.images[name] = {"stamp": self.stamps[name], "lines": lines}
-        write_text(self.part, json.dumps({"made_with": self.made_with, "images": self.images}))
+        self.lines |= {line["mask"]: line for line in lines}
+        append_text(self.out / "masks.jsonl", json_lines(*lines))
+        entry = {"image": name, "stamp": self.stamps[name], "lines": lines}
+        append_text(self.part, json_lines(entry))
 
     def write_lines(self) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in self.lines.values())
-        write_text(self.out / "masks.jsonl", text)
+        """Writes masks.jsonl anew, with one line for each mask."""
+        write_text(self.out / "masks.jsonl", json_lines(*self.lines.values()))
 
     def end(self) -> None:
         """All images are done."""
         self.part.unlink(missing_ok=True)
+
+
+def json_lines(*values: dict) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def whole_lines(path: Path) -> list:
+    """What the lines of a file hold as JSON, without a last one that a kill has torn."""
+    text = path.read_text(encoding="utf-8", errors="replace")  # a torn letter, too
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
 
 
 def read_lines(path: Path) -> dict[str, dict]:
@@ -405,8 +424,8 @@ def read_lines(path: Path) -> dict[str, dict]:
     if not path.exists():
         return {}
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {line["mask"]: line for line in lines if (path.parent / line["mask"]).exists()}
+        return {line["mask"]: line for line in whole_lines(path)
+                if (path.parent / line["mask"]).exists()}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what was written: move it away") from error
 
@@ -418,16 +437,16 @@ def read_part(path: Path, made_with: str) -> dict[str, dict]:
     `path` is not what was written.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["made_with"] != made_with:
+        head, *entries = whole_lines(path)
+        if head["made_with"] != made_with:
             return {}
         done = {}
-        for image, entry in content["images"].items():
+        for entry in entries:
             masks = [path.parent / line["mask"] for line in entry["lines"]]
             if all(mask.exists() for mask in masks):
-                done[image] = {"stamp": entry["stamp"], "lines": entry["lines"]}
+                done[entry["image"]] = {"stamp": entry["stamp"], "lines": entry["lines"]}
         return done
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

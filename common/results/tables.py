@@ -44,6 +44,7 @@ EXPERIMENTS = ("main", "rivals", "plus", "branches", "iterations", "shots")
 FIGURE7 = False  # also the sensitivity to T and E: six more trainings a seed
 MASKS = ""  # rows of other systems' masks, as in stage 4; {seed} in a folder's name is the seed
 DATA_DIR = ""  # the data set, whose pictures SAMed and MSA see; empty = data/<TASK>
+SAM = ""  # the cache's SAM, where its file lies elsewhere now; empty = where stage 1 found it
 DEVICE = "auto"  # cuda, mps or cpu; auto takes the first there is
 
 _KNOWN = EXPERIMENTS  # as it stands here, before the command line
@@ -171,7 +172,7 @@ def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
     masks = experiment.evaluation.get("MASKS")
     if not path.exists() or masks and rivals is None:  # given masks may have changed since
         same = {"TASK": task, "RUN_DIR": folder, "FEATURES": f"runs/{task}/features.h5",
-                "DEVICE": DEVICE, "SEED": seed}
+                "DEVICE": DEVICE, "SEED": seed} | ({"SAM": SAM} if SAM else {})
         print(f"\n{folder}", flush=True)
         if experiment.srm is not None:
             run_script("02_train_srm.py", *arguments(same | experiment.srm))

@@ -83,6 +83,22 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def append_text(path: Path, text: str) -> None:
+    """Adds a text in UTF-8 to the end of a file; a kill may leave a part of it there.
+
+    OSErrors name `path`. Raises UserError where `path` is a file of the user's.
+    """
+    require_ours(path)
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def expanded(path: str | Path) -> Path:
     """`path` with ~ and ~user written out. Raises UserError where there is no such user."""
     try:

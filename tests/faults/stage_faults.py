@@ -9,7 +9,6 @@ import ctypes
 import fcntl
 import functools
 import importlib
-import json
 import mmap
 import os
 import random
@@ -30,6 +29,7 @@ import h5py
 import numpy as np
 import torch
 
+from common.results.own_images import whole_lines
 from tests.conftest import ROOT, STAGES, arrays, draw_data
 from tests.test_stages import same_weights
 
@@ -181,7 +181,7 @@ def saved_units(kind: str, run_dir: Path) -> int:
     if not path.exists():
         return 0
     if kind == "own images":
-        return len(json.loads(path.read_text())["images"])
+        return len(whole_lines(path)[1:])  # the first tells the settings
     if kind == "stage 1":
         with h5py.File(path) as file:
             return int(file["done"][:].sum())
@@ -197,7 +197,7 @@ def has_ended(kind: str, run_dir: Path) -> bool:
         return (run_dir / "results.json").exists()
     lines = run_dir / "masks/masks.jsonl"
     if kind == "own images" and lines.exists():
-        return len(lines.read_text().splitlines()) == KINDS[kind].total
+        return len(whole_lines(lines)) == KINDS[kind].total
     return False
 
 
