@@ -123,6 +123,7 @@ def main() -> None:
     with distributed.rank_0_first():  # the file is laid out once
         files.lock(path.parent)
         writer = CacheWriter.open_or_create(path, layout, made_with, there)
+    writer.require_masks([sample.crc for sample in checked])
 
     # F and M_c of the images that are missing, a share for each of torchrun's processes
     def compute(batch: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:

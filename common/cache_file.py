@@ -65,6 +65,8 @@ SUMMED = (*CHUNKED, "truth_centres", "present", "labels")
 ENTRY = (*SUMMED, "crc", "done")  # what is written image by image
 NOT_COMPARED = ("time", "versions")  # attributes in which a resumed run may differ from the file
 ADDED = {"encoder_fingerprint", "clip_setup"}  # that older caches lack
+KNOWN_BY = {"sam": ("sam_fingerprint", "encoder_fingerprint"),
+            "clip": ("clip_fingerprint", "clip_setup")}
 MEND = "set another RUN_DIR or FEATURES, or delete the file"
 AGAIN = "delete it and run 01_cache_features.py again"
 
@@ -454,13 +456,16 @@ class CacheWriter:
             for name, absolute in (("sam", absolute_sam), ("clip", absolute_clip)):
                 # older caches keep paths as they were given
                 stored[name] = absolute(str(stored.get(name)))
+                if all(stored.get(known) == now.get(known, "") for known in KNOWN_BY[name]):
+                    stored[name] = now[name]  # the same model, in another place now
             for name in ADDED & now.keys():
                 stored.setdefault(name, now[name])
             # a constant that is stored only where it is set (FOREGROUND) may be in the file alone
             wanted = now | {name: "empty" for name in stored if name not in now}
             compared = {name: value for name, value in wanted.items()
                         if name not in (*NOT_COMPARED, "skip")}
-            require_same(path, stored, compared, MEND)
+            stored["prompt"], compared["prompt"] = stored["texts"], compared.pop("texts")
+            require_same(path, stored, compared, f"set it back, {MEND}")
             difference, skipped, held = _difference(file, layout), _skipped(file), _places(file)
         unfinished = path.with_name(path.name + ".new")
         unfinished.unlink(missing_ok=True)  # left by a kill
@@ -480,6 +485,21 @@ class CacheWriter:
         """The rows that are not done, read afresh from the file."""
         flags = os.pread(self.fd, len(self.names), self.offsets["done"][0])
         return [row for row, flag in enumerate(flags) if flag != 1]
+
+    def require_masks(self, sums: Sequence[int]) -> None:
+        """Raises UserError naming the images that are done and have other masks now.
+
+        sums: CRC-32 of the label map of each row, as the masks are now.
+        """
+        (count,), dtype = self.rows["crc"]
+        size, column, changed = count * dtype.itemsize, SUMMED.index("labels"), []
+        for row in sorted({*range(len(self.names))} - {*self.missing()}):
+            stored = np.frombuffer(os.pread(self.fd, size, self.offsets["crc"][row]), dtype)
+            if stored[column] != sums[row]:
+                changed.append(self.places[row])
+        if changed:
+            raise UserError(f"the masks of {some(changed)} are others now than those in {self.path}"
+                            f": put them back, {MEND}")
 
     def write(self, row: int, embedding: np.ndarray | torch.Tensor, maps: np.ndarray | torch.Tensor,
               label_map: np.ndarray, picture: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """The data sets as their authors ship them: where the files are, and which ones are drawn."""
 
 import hashlib
+import os
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -54,12 +55,13 @@ def list_samples(task: Task, data_dir: str | Path, skip: Collection[str] = ()) -
     Raises UserError if folders are missing (naming them and where to get the data set), if an
     image has no mask or a mask no image (naming the files), or if a split is empty.
     """
-    data_dir, found = _find_folders(task, expanded(data_dir))
+    given = expanded(data_dir)
+    data_dir, found = _find_folders(task, given)
     folders = {split: (found[images], found[masks])
                for split, (images, masks) in FOLDERS[task.dataset].items() if images in found}
     in_either = _names_of("train", _names_of("test", skip))
     if task.dataset == "cuhk":
-        samples = _cuhk(task, data_dir, *folders["both"], in_either)
+        samples = _cuhk(task, (given, data_dir), *folders["both"], in_either)
     elif task.dataset == "voc":
         lists = {split: found[file] for split, file in _VOC_LISTS.items()}
         samples = _voc(lists, *folders["both"], in_either)
@@ -278,7 +280,10 @@ def _find_folders(task: Task, data_dir: Path) -> tuple[Path, dict[str, Path]]:
 
     root, found = data_dir, search(data_dir)
     if not is_whole(found):
-        inside = [path for path in data_dir.iterdir() if path.is_dir()] if data_dir.is_dir() else []
+        inside = []
+        if data_dir.is_dir():  # a disk's lost+found is for nobody to look into
+            inside = [path for path in data_dir.iterdir()
+                      if path.is_dir() and os.access(path, os.R_OK | os.X_OK)]
         above = list(data_dir.resolve().parents)[:2] if task.dataset == "voc" else []
         others = [path for path in [*inside, *above] if is_whole(search(path))]
         if len(others) != 1:
@@ -404,13 +409,13 @@ def _pairs(image_dir: Path, mask_dir: Path, skip: Collection[str], prefix: str =
             for name in sorted(images.keys() | masks.keys())]
 
 
-def _cuhk(task: Task, data_dir: Path, image_dir: Path, mask_dir: Path,
+def _cuhk(task: Task, list_dirs: tuple[Path, ...], image_dir: Path, mask_dir: Path,
           skip: set[str]) -> list[Sample]:
     """The out-of-focus images of CUHK; its `motion*` images belong to another task.
 
-    Test images are those named in data_dir/test.txt. Without that file they are the 100 of
-    CUHK_TEST_LIST, or the last seventh by name where the folder does not hold all of these. What
-    was taken is printed.
+    Test images are those named in test.txt, in the first of `list_dirs` that has one. Without that
+    file they are the 100 of CUHK_TEST_LIST, or the last seventh by name where the folder does not
+    hold all of these. What was taken is printed.
     """
     pairs = _pairs(image_dir, mask_dir, skip, prefix="out_of_focus")
     names = [name for name, _, _ in pairs]
@@ -419,8 +424,9 @@ def _cuhk(task: Task, data_dir: Path, image_dir: Path, mask_dir: Path,
                         "copies with other names (1.bmp, ...) are other data sets; put the "
                         "original there, or use TASK=folder")
     published = set(read_list(CUHK_TEST_LIST))
-    list_file = data_dir / "test.txt"
-    if list_file.is_file():
+    lists = [file for folder in list_dirs if (file := folder / "test.txt").is_file()]
+    if lists:
+        list_file = lists[0]
         test, source = set(read_list(list_file)), "named in test.txt"
         unknown = sorted(test - set(names) - skip)
         if unknown:

@@ -1,5 +1,6 @@
 """Pictures on disk: how they are opened, turned and converted, whatever their format."""
 
+import errno
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +12,12 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from common.runtime.errors import UserError
+from common.runtime.reading import OF_THE_CONTENT
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")  # in any case
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations whose view swaps height and width
+SAME_SHAPE = (2, 3, 4)  # those that turn or mirror the view and keep its shape
+_OF_THE_FILE = (*OF_THE_CONTENT, errno.ENOENT, errno.EISDIR)  # errors that another file would mend
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ def image_size(path: Path) -> tuple[int, int]:
 def opened(path: Path, first_frame: bool = False) -> Iterator[Image.Image]:
     """The picture at `path`; raises UserError, naming it, if it cannot be opened or decoded.
 
-    A file of several pages or frames is refused too, unless `first_frame` is asked for.
+    A file of several pages or frames is refused too, unless `first_frame` is asked for. Where not
+    the file is at fault, but a permission, the disk or the memory, OSError or MemoryError is raised
+    as it is: another picture would not help.
     """
     try:
         with Image.open(path) as picture:
@@ -73,9 +79,12 @@ def opened(path: Path, first_frame: bool = False) -> Iterator[Image.Image]:
                                 "that is meant as a file of its own")
             picture.filename = ""  # or Pillow maps the file, and garbles TIFFs that are turned
             yield picture
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # on a broken file Pillow's decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+            error.filename = error.filename or str(path)  # a disk or a permission is at fault
+            raise
         raise UserError(f"cannot read {path} as a picture ({error}): replace it, or remove it, and "
                         "the mask or image that belongs to it if there is one") from error
 

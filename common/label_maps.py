@@ -1,5 +1,6 @@
 """Masks on disk, and the label maps that are read from them. What is not plain is refused."""
 
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,10 +8,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from common.images import QUARTER_TURNS, Sample, image_size, opened, orientation_of
+from common.images import QUARTER_TURNS, SAME_SHAPE, Sample, image_size, opened, orientation_of
 from common.masks import IGNORE, binary_mask, contradiction, refuse_few_bits, stored_bits
 from common.runtime import distributed
-from common.runtime.errors import UserError
+from common.runtime.errors import UserError, some
 from common.tasks import Task
 
 ASPECT_TOLERANCE = 0.02  # relative, of height / width, between an image and a mask of another size
@@ -57,6 +58,7 @@ class Checked(NamedTuple):
     size: tuple[int, int]  # (H, W) of the image
     how: str  # how its mask was read: "0 and 255", for one
     foreground: float  # share of foreground among the pixels that are not ignored; 0 if all are
+    crc: int  # CRC-32 of its label map, as a cache keeps it
 
 
 def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
@@ -64,9 +66,10 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
 
     Raises UserError that names all images and masks which cannot be used, the first ten of them
     with their faults, and the SKIP that leaves them out, or that says how masks of the task
-    "folder" contradict each other.
+    "folder" contradict each other. Images of that task which EXIF turns in a way that no mask's
+    shape shows are named on stdout.
     """
-    checked, faults, unusable, read_so = [], [], [], {}
+    checked, faults, unusable, read_so, turned = [], [], [], {}, []
     for sample in tqdm(samples, "checking masks", leave=False, disable=distributed.RANK > 0):
         try:
             size = image_size(sample.image)
@@ -74,8 +77,13 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
             known = label_map[label_map != IGNORE]
             if not known.size and len(task.texts) == 1:
                 raise UserError(f"{sample.mask} holds nothing but 255 (ignore)")
-            checked.append(Checked(size, how, float((known > 0).mean()) if known.size else 0.0))
+            share = float((known > 0).mean()) if known.size else 0.0
+            checked.append(Checked(size, how, share, zlib.crc32(np.ascontiguousarray(label_map))))
             read_so.setdefault(how, sample.mask.name)
+            if task.dataset == "folder":
+                with opened(sample.image) as picture:
+                    if orientation_of(picture) in SAME_SHAPE:
+                        turned.append(sample.image.name)
         except UserError as error:
             faults.append(str(error))
             unusable.append(sample.place)
@@ -88,6 +96,9 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
         faults.append(fault)
     if faults:
         raise UserError("; ".join(faults))
+    if turned and distributed.RANK == 0:
+        print(f"EXIF turns {some(turned)} upside down or mirrors them: a mask without EXIF data is "
+              "taken to be drawn on that view; data.png shows some")
     return checked
 
 

@@ -29,7 +29,9 @@ def binary_mask(picture: Image.Image, bits: int, path: Path,
     masks are read, and any other is refused with a UserError that names it and what it holds:
 
     - two levels, or levels near two: black, and a level above 127;
-    - 0 and 1, with 255 beside them for pixels to ignore, as levels or as palette indices;
+    - 0 and 1, as levels or as palette indices, with 255 beside them for pixels to ignore: in the
+      task "folder", and as palette indices of other colours than a grey ramp's. The data sets of
+      the paper ignore nothing, so in theirs a level of 1 beside 255 is noise;
     - one colour on black. A transparency of the same shape is no fault;
     - with `task.foreground`, a lossless mask of any levels, indices or colours.
 
@@ -208,7 +210,7 @@ def _counts_from_black(picture: Image.Image, path: Path, task: Task) -> bool:
         raise _refused(path, task, f"holds the palette index {black[0]}, which is black like 0",
                        str(black[0]))
     if set(used) <= {0, 1, IGNORE} and 1 in used:
-        return True
+        return palette[1].max() > 1  # else the indices are grey levels, and read as such
     coloured = [index for index in used if np.ptp(palette[index].astype(int)) > _NEAR]
     if used[0] == 0 and len(used) == 2 and coloured:
         raise _refused(path, task, f"holds the palette index {used[1]} "
@@ -251,8 +253,8 @@ def _split(levels: np.ndarray, path: Path, task: Task) -> tuple[np.ndarray, str]
     base, top = int(found[0]), int(found[-1])
     if set(found) <= {0, 1}:
         return levels, " and ".join(map(str, found))
-    if set(found) <= {0, 1, IGNORE} and 1 in found:
-        if task.name == "folder" and (levels == IGNORE).sum() > 4 * (levels == 1).sum():
+    if task.name == "folder" and set(found) <= {0, 1, IGNORE} and 1 in found:
+        if (levels == IGNORE).sum() > 4 * (levels == 1).sum():
             raise UserError(f"{path} holds 0, 1 and much more 255, which is ignored beside 1: set "
                             "FOREGROUND=1 if that is meant, or save the mask as 0 and 255")
         return levels, RING

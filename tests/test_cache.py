@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
+import zlib
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -385,7 +386,7 @@ def test_names_in_the_other_form_of_unicode_are_the_same_images(complete):
 @pytest.mark.parametrize("key, value", [("seed", 1), ("sam", "vit_b"), ("precision", "bfloat16")])
 def test_a_contradiction_names_the_constant_and_both_values(complete, key, value):
     was = f"{key.upper()}={ATTRIBUTES.get(key)}"
-    message = rf"features.h5 .* {was}, and now it is {value}: .*delete the file"
+    message = rf"features.h5 .* {was}, and now it is {value}: set it back, .*delete the file"
     with pytest.raises(UserError, match=message):
         CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES | {key: value})
 
@@ -394,6 +395,27 @@ def test_another_sam_is_named_itself_not_by_the_shape_of_its_embedding(complete)
     layout = replace(LAYOUT, embedding=(4, 2, 2))
     with pytest.raises(UserError, match="SAM=vit_h, and now it is demo"):
         CacheWriter.open_or_create(complete, layout, ATTRIBUTES | {"sam": "demo"})
+
+
+@pytest.mark.parametrize("name, known", [("sam", ("sam_fingerprint", "encoder_fingerprint")),
+                                         ("clip", ("clip_fingerprint", "clip_setup"))])
+def test_a_model_whose_file_has_moved_is_known_by_its_fingerprints(path, name, known):
+    old = ATTRIBUTES | {name: "/old/model", **dict.fromkeys(known, "2c")}
+    create(path, LAYOUT, old)
+    CacheWriter.open_or_create(path, LAYOUT, old | {name: "/new/model"}).close()
+    for other in known:
+        with pytest.raises(UserError, match=f"{name.upper()}=/old/model, and now it is /new/mod"):
+            CacheWriter.open_or_create(path, LAYOUT, old | {name: "/new/model", other: "3d"})
+
+
+def test_masks_that_have_changed_since_are_named_for_what_is_done_alone(path):
+    write(path, rows=[0, 2])
+    sums = [zlib.crc32(entry(row)["label_map"]) for row in range(4)]
+    with CacheWriter.open(path) as writer:
+        writer.require_masks(sums)
+        writer.require_masks([sums[0], 1, sums[2], 2])
+        with pytest.raises(UserError, match=r"the masks of t\w+/\w+ are others now than those in"):
+            writer.require_masks([*sums[:2], 1, sums[3]])
 
 
 def test_a_constant_that_is_stored_only_where_it_is_set_may_not_be_left_out(path):
@@ -436,7 +458,7 @@ def test_an_older_caches_relative_paths_are_no_contradiction(path, tmp_path, mon
         ("splits", ["train", "train", "train", "test"], "/split: test then, train now"),
         ("sizes", [(7, 11), (9, 6), (16, 12), (4, 4)], r"/sizes: \[9, 5\] then, \[9, 6\] now"),
         ("shots", [(2, 0)], "/shots: 2 then, 1 now"),
-        ("texts", ["shadow"], r'TEXTS=\["shadow", "glass"\], and now it is \["shadow"\]'),
+        ("texts", ["shadow"], r'PROMPT=\["shadow", "glass"\], and now it is \["shadow"\]'),
         ("patch", 40, "PATCH_SIZE=80, and now it is 40"),
     ],
 )

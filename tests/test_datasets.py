@@ -1,6 +1,9 @@
 """Every layout in miniature, and the draw of the training samples."""
 
+import errno
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +101,15 @@ def test_a_list_file_overrides_the_test_images_of_cuhk(tmp_path, capsys):
     assert [(s.split, s.name[-4:]) for s in samples] == [
         ("train", "0002"), ("train", "0004"), ("test", "0001"), ("test", "0003")]
     assert "test.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["test.txt", "CUHK/test.txt"])
+def test_the_list_file_counts_where_the_data_set_lies_one_folder_too_deep(tmp_path, capsys, place):
+    make_cuhk(tmp_path / "CUHK", 4)
+    (tmp_path / place).write_text("out_of_focus0003\n")
+    samples = list_samples(get_task("cuhk"), tmp_path)
+    assert names(samples, "test") == ["out_of_focus0003"]
+    assert "named in test.txt" in capsys.readouterr().out
 
 
 def test_a_name_in_the_list_file_that_is_no_image_is_named(tmp_path):
@@ -383,6 +395,22 @@ def test_a_training_image_or_mask_that_cannot_be_read_is_passed_over_and_said(
     assert f"not drawn: cannot read {path}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [
+    OSError(errno.EIO, os.strerror(errno.EIO)), PermissionError(errno.EACCES, "denied"),
+    MemoryError()])
+def test_a_disk_a_permission_or_a_memory_at_fault_does_not_change_the_draw(
+        tmp_path, monkeypatch, error):
+    samples, task = folder_of(tmp_path, 4)
+
+    def fails(path):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(type(error)) as raised:
+        draw_shots(samples, task, 3, 0)
+    assert isinstance(error, MemoryError) or raised.value.filename.startswith(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["JPEGImages/b.jpg", "SegmentationClass/b.png"])
 def test_with_several_classes_too_what_cannot_be_read_is_not_drawn(tmp_path, capsys, name):
     samples = list_samples(get_task("voc"), make_voc(tmp_path, train=("a", "b", "c"), test=("t",)))
@@ -447,6 +475,22 @@ def test_tiff_and_gif_pairs_belong_to_a_data_set(tmp_path, ending):
     sample = {sample.name: sample for sample in list_samples(task_of("folder"), root)}["new"]
     assert sample.image.suffix == f".{ending}"
     assert label_map_of(sample, "folder").tolist() == half(top=1).tolist()
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_obstacle(tmp_path, monkeypatch):
+    make(tmp_path / "SBU-shadow", "sbu")
+    (tmp_path / "lost+found").mkdir()
+    access, iterdir = os.access, Path.iterdir
+
+    def listed(folder):
+        if folder.name == "lost+found":
+            raise PermissionError
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", listed)  # root itself may look into all
+    monkeypatch.setattr(os, "access", lambda path, mode: (
+        Path(path).name != "lost+found" and access(path, mode)))
+    assert len(list_samples(get_task("sbu"), tmp_path)) == 4
 
 
 def test_a_data_set_unpacked_one_folder_too_deep_is_found_and_said(tmp_path, capsys):

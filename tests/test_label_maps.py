@@ -390,7 +390,8 @@ def test_what_foreground_names_may_be_missing_from_a_mask_and_that_is_said(tmp_p
 def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tmp_path):
     root = make(tmp_path, "folder")
     samples = list_samples(task_of("folder"), root)
-    assert check_samples(samples, task_of("folder")) == [((6, 8), "0 and 255", 0.5)] * 4
+    crc = zlib.crc32(half(top=1))
+    assert check_samples(samples, task_of("folder")) == [((6, 8), "0 and 255", 0.5, crc)] * 4
     for sample in samples[1:3]:
         Image.fromarray(half(top=15)).save(sample.mask)
     with pytest.raises(UserError) as error:
@@ -402,6 +403,37 @@ def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tm
         Image.fromarray(half(top=15)).save(root / f"test/masks/bad{number:02}.png")
     with pytest.raises(UserError, match=r"; and 4 more; or leave them out by SKIP=.*,\.\.\.$"):
         check_samples(list_samples(task_of("folder"), root), task_of("folder"))
+
+
+@pytest.mark.parametrize("name", ["cuhk", "sbu", "msd", "duts", "demo_shadow"])
+@pytest.mark.parametrize("palette", [False, True])
+def test_in_the_papers_data_sets_a_level_of_1_beside_white_is_noise(tmp_path, name, palette):
+    mask = half()
+    mask[0, 7] = 1
+    if palette:
+        mask = Image.fromarray(mask)
+        mask.putpalette(np.arange(256).repeat(3).tolist())  # a grey ramp
+    sample = one(tmp_path, mask=mask)
+    assert load_label_map(sample, task_of(name), (6, 8)).tolist() == half(top=1).tolist()
+
+
+def test_a_grey_ramp_as_a_palette_is_read_as_its_levels(tmp_path):
+    mask = np.zeros((40, 40), np.uint8)
+    mask[10:30, 10:30], mask[:3, :3] = 255, 1
+    mask = Image.fromarray(mask)
+    mask.putpalette(np.arange(256).repeat(3).tolist())
+    with pytest.raises(UserError, match="much more 255, .* set FOREGROUND=1 if that is meant"):
+        label_map_of(one(tmp_path, mask=mask))
+
+
+@pytest.mark.parametrize("orientation, said", [(1, False), (2, True), (3, True), (4, True),
+                                               (6, False)])
+def test_photographs_that_exif_turns_without_a_trace_in_their_shape_are_named(
+        tmp_path, capsys, orientation, said):
+    stored, exif = photograph(orientation)
+    sample = one(tmp_path, stored, 255 * seen(orientation), exif)
+    check_samples([sample], task_of("folder"))
+    assert (f"EXIF turns {sample.image.name} upside" in capsys.readouterr().out) == said
 
 
 def test_255_that_marks_much_more_than_1_is_not_ignored_in_silence(tmp_path):

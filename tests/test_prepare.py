@@ -55,6 +55,11 @@ def cached() -> list[str]:
                                                          file["names"].asstr())]
 
 
+def one_of(folder: Path, stem: str) -> Path:
+    [path] = folder.glob(f"{stem}.*")
+    return path
+
+
 def remove(name: str) -> None:
     for path in Path("data").glob(f"{name.split('/')[0]}/*/{name.split('/')[1]}.*"):
         path.unlink()
@@ -96,6 +101,17 @@ def test_a_test_image_that_breaks_off_names_skip_and_keeps_what_was_computed(sta
     assert done > 0 and stage_1("SKIP=test/5") == 13 - done
 
 
+def test_masks_that_are_edited_after_they_were_cached_are_named(stage_1, tmp_path):
+    stage_1("SKIP=test/5")
+    mask = one_of(tmp_path / "data/test/masks", "3")
+    save(mask, 255 - np.asarray(Image.open(mask)))
+    for left_out in ("SKIP=test/5", "SKIP="):  # also where the file is laid out anew
+        with pytest.raises(UserError, match="masks of test/3 are others now than those in runs"):
+            stage_1(left_out)
+    save(mask, 255 - np.asarray(Image.open(mask)))
+    assert stage_1() == 1
+
+
 def test_data_png_is_drawn_too_where_nothing_was_missing_but_by_one_process(stage_1, monkeypatch):
     stage_1()
     first = SHEET.read_bytes()
@@ -106,16 +122,20 @@ def test_data_png_is_drawn_too_where_nothing_was_missing_but_by_one_process(stag
     assert stage_1() == 0 and not SHEET.exists()
 
 
-def test_data_png_shows_eight_drawn_images_with_their_foreground_in_blue(stage_1):
+@pytest.mark.parametrize("line, split", [(0, "train"), (1, "test")])
+def test_data_png_shows_four_images_of_either_split_with_their_foreground_in_blue(
+        stage_1, line, split):
     stage_1()
     sheet = np.asarray(Image.open(SHEET)).astype(int)
     assert sheet.shape == (2 * (256 + 18 + 4) - 4, 4 * (256 + 4) - 4, 3)
     with h5py.File(CACHE) as file:
         row = file["shots"][0, 0]
+        if split == "test":
+            row = int((file["split"][:] == b"test").argmax())
         plain = file["pictures"][row].astype(int)
         start, end = file["label_offsets"][row:row + 2]
         labels = file["labels"][start:end].reshape(file["sizes"][row])
-    panel = sheet[18:274, :256]
+    panel = sheet[line * 278 + 18:line * 278 + 274, :256]
     truth = np.asarray(Image.fromarray(labels * 255).resize((256, 256), Image.NEAREST)) == 255
     expected = (plain + np.array(MASK_COLOUR)) / 2
     assert abs(panel - expected)[truth].max() <= 1.5
@@ -132,7 +152,7 @@ def test_data_png_gives_each_class_a_colour_of_its_own(stage_1, tmp_path):
              palette_mask(np.repeat([[1] * 10 + [0] * 10 + [2] * 10], 30, 0)))
     stage_1("TASK=voc", "PROMPT=", "DATA_DIR=voc", "SHOTS=4")
     sheet = np.asarray(Image.open("runs/voc/data.png")).astype(int)
-    assert sheet.shape == (256 + 36, 3 * 260 - 4, 3)
+    assert sheet.shape == (256 + 36, 4 * 260 - 4, 3)
     red, grey, green = (sheet[36 + 128, x] for x in (40, 128, 210))
     assert abs(grey - 200).max() < 5
     assert abs(red - [164, 100, 100]).max() < 5 and abs(green - [100, 164, 100]).max() < 5
@@ -144,8 +164,8 @@ def test_data_png_gives_each_class_a_colour_of_its_own(stage_1, tmp_path):
 def test_how_masks_were_read_is_said_in_one_line():
     images = [Sample(name, Path(), Path(), split)
               for name, split in (("a", "train"), ("b", "test"), ("c", "test"))]
-    checked = [Checked((4, 4), "0 and 255", 0.25), Checked((4, 4), "JPEG", 0.0),
-               Checked((4, 4), "0 and 255", 0.5)]
+    checked = [Checked((4, 4), "0 and 255", 0.25, 0), Checked((4, 4), "JPEG", 0.0, 0),
+               Checked((4, 4), "0 and 255", 0.5, 0)]
     assert mask_summary(images, checked) == (
         "masks: 0 and 255 in 2, JPEG in 1; foreground 25.0% on average, from 0.0% (test/b) to "
         "50.0% (test/c)")

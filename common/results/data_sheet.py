@@ -15,12 +15,15 @@ SHOWN, COLUMNS, GAP, LINE = 8, 4, 4, 18  # images, images a row, pixels between,
 
 
 def draw_data(cache: Cache, path: Path) -> None:
-    """Writes a sheet of the first drawn training images, as PNG.
+    """Writes a sheet of drawn training images and of test images spread over the set, as PNG.
 
     Foreground is tinted and outlined, on the squashed pictures. With several texts each has the
     colour that VOC gives its index, and the image's texts stand above it in their colours.
     """
-    rows = list(dict.fromkeys(cache.samples("train")[:, 0].tolist()))[:SHOWN]
+    drawn, tested = (list(dict.fromkeys(cache.samples(split)[:, 0].tolist()))
+                     for split in ("train", "test"))
+    spread = np.linspace(0, len(tested) - 1, min(len(tested), SHOWN // 2)).astype(int)
+    rows = drawn[:SHOWN // 2] + [tested[index] for index in spread]
     panels = [_panel(cache, row) for row in rows]
     width, height = (size + GAP for size in panels[0].size)
     columns = min(COLUMNS, len(panels))
@@ -56,7 +59,7 @@ def _panel(cache: Cache, row: int) -> Image.Image:
     head = LINE * (1 + several)
     panel = Image.new("RGB", (PANEL, head + PANEL), "white")
     draw, picture, left = ImageDraw.Draw(panel), cache.picture((row, 0)), 4
-    draw.text((left, 3), cache.name((row, 0)), fill="black")
+    draw.text((left, 3), cache.place(row), fill="black")
     for text, name in enumerate(cache.texts):
         truth = cache.label_map((row, text)) == 1
         if not truth.any():
