@@ -27,7 +27,7 @@ from common.frozen.sam_weights import (
     load_sam,
     sam_fingerprint,
 )
-from common.label_maps import check_samples
+from common.label_maps import check_samples, with_skip
 from common.prepare import Decoded, decode_ahead, mask_summary, open_task
 from common.results.data_sheet import draw_data, foreground_line
 from common.runtime import checkpoint, distributed, files, script, settings
@@ -131,7 +131,8 @@ def main() -> None:
 
     mend = "choose a smaller SAM (SAM=mobile_sam is the smallest), PRECISION=bf16 or DEVICE=cpu"
     missing = writer.missing()
-    decoded = decode_ahead(distributed.share(missing), images, task, frozen.see, WORKERS)
+    broken = []
+    decoded = decode_ahead(distributed.share(missing), images, task, frozen.see, WORKERS, broken)
     bar = Bar(f"embedding {TASK}", len(images), len(images) - len(missing))
     with writer, bar:
         for batch, (embeddings, maps) in in_batches(decoded, BATCH_SIZE, compute, mend):
@@ -139,7 +140,10 @@ def main() -> None:
                 writer.write(image.row, embedding, own_maps, image.label_map, image.picture)
             bar.reach(len(images) - len(writer.missing()))  # counts what other processes wrote
         distributed.barrier()
-        bar.reach(len(images))
+        bar.reach(len(images) - len(writer.missing()))
+    if broken := distributed.gather(broken):  # after hours of work: the others are done
+        raise UserError(with_skip({images[row].place: fault for row, fault in broken})
+                        + "; what was computed of the others is kept")
 
     print(f"{len(images)} images ({len(drawn)} training samples), "
           f"{path.stat().st_size / 1e6:.0f} MB")

@@ -69,7 +69,7 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
     "folder" contradict each other. Images of that task which EXIF turns in a way that no mask's
     shape shows are named on stdout.
     """
-    checked, faults, unusable, read_so, turned = [], [], [], {}, []
+    checked, faults, read_so, turned = [], {}, {}, []
     for sample in tqdm(samples, "checking masks", leave=False, disable=distributed.RANK > 0):
         try:
             size = image_size(sample.image)
@@ -85,21 +85,27 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
                     if orientation_of(picture) in SAME_SHAPE:
                         turned.append(sample.image.name)
         except UserError as error:
-            faults.append(str(error))
-            unusable.append(sample.place)
-    if len(faults) > 10:
-        faults[10:] = [f"and {len(faults) - 10} more"]
-    if unusable:
-        names = ",".join(sorted(unusable)[:10]) + (",..." if len(unusable) > 10 else "")
-        faults.append(f"or leave them out by SKIP={names}")
+            faults[sample.place] = str(error)
+    said = [with_skip(faults)] if faults else []
     if task.dataset == "folder" and (fault := contradiction(read_so)):
-        faults.append(fault)
-    if faults:
-        raise UserError("; ".join(faults))
+        said.append(fault)
+    if said:
+        raise UserError("; ".join(said))
     if turned and distributed.RANK == 0:
         print(f"EXIF turns {some(turned)} upside down or mirrors them: a mask without EXIF data is "
               "taken to be drawn on that view; data.png shows some")
     return checked
+
+
+def with_skip(faults: dict[str, str]) -> str:
+    """What is wrong with samples, ten at most, and the SKIP that leaves them out.
+
+    faults: {`Sample.place`: what is wrong with it}.
+    """
+    sentences, places = list(faults.values()), sorted(faults)
+    if len(faults) > 10:
+        sentences[10:], places[10:] = [f"and {len(faults) - 10} more"], ["..."]
+    return "; ".join([*sentences, f"or leave them out by SKIP={','.join(places)}"])
 
 
 def untrainable(label_map: np.ndarray) -> str | None:

@@ -56,13 +56,10 @@ def mask_summary(images: Sequence[Sample], checked: Sequence[Checked]) -> str:
 def read_sample(sample: Sample, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """The image, uint8 (H, W, 3), and its label map, uint8 (H, W).
 
-    Raises UserError that names SKIP beside what is wrong with either.
+    Raises UserError naming what is wrong with either.
     """
-    try:
-        image = load_image(sample.image)
-        return image, load_label_map(sample, task, image.shape[:2])
-    except UserError as error:
-        raise UserError(f"{error}; or leave it out by SKIP={sample.place}") from error
+    image = load_image(sample.image)
+    return image, load_label_map(sample, task, image.shape[:2])
 
 
 class Decoded(NamedTuple):
@@ -75,11 +72,12 @@ class Decoded(NamedTuple):
 
 
 def decode_ahead(rows: Sequence[int], images: Sequence[Sample], task: Task, see: Callable,
-                 workers: int) -> Iterator[Decoded]:
+                 workers: int, broken: list[tuple[int, str]]) -> Iterator[Decoded]:
     """The images of these rows, in their order, read by threads while the models compute.
 
     images: of all rows of the cache. see: `FrozenModels.see`. workers: how many threads there are;
-    each is up to eight images ahead.
+    each is up to eight images ahead. broken: takes (row, what is wrong) of images and masks that
+    cannot be read; the others go on.
     """
     def decode(row: int) -> Decoded:
         image, label_map = read_sample(images[row], task)
@@ -87,8 +85,14 @@ def decode_ahead(rows: Sequence[int], images: Sequence[Sample], task: Task, see:
         return Decoded(row, see(image), label_map, np.asarray(picture))
 
     with ThreadPoolExecutor(workers) as pool:
-        waiting = (pool.submit(decode, row) for row in rows)
+        waiting = ((row, pool.submit(decode, row)) for row in rows)
         ahead = deque(islice(waiting, 8 * workers))
         while ahead:
-            yield ahead.popleft().result()
+            row, decoding = ahead.popleft()
+            try:
+                decoded = decoding.result()
+            except UserError as error:
+                broken.append((row, str(error)))
+            else:
+                yield decoded
             ahead.extend(islice(waiting, 1))
