@@ -456,7 +456,8 @@ class CacheWriter:
             for name, absolute in (("sam", absolute_sam), ("clip", absolute_clip)):
                 # older caches keep paths as they were given
                 stored[name] = absolute(str(stored.get(name)))
-                if all(stored.get(known) == now.get(known, "") for known in KNOWN_BY[name]):
+                if all(known in now and stored.get(known) == now[known]
+                       for known in KNOWN_BY[name]):
                     stored[name] = now[name]  # the same model, in another place now
             for name in ADDED & now.keys():
                 stored.setdefault(name, now[name])
