@@ -128,8 +128,8 @@ def evaluate(row: str, segment_batch: Callable, numbers: Sequence[int],
         hits = (truth.at_centres.gather(1, actions) == 1).sum(1).tolist()
         points, labels = episode.points.cpu().numpy(), episode.labels.cpu().numpy()
         for index, label_map in enumerate(truth.label_maps):
-            masks = [full_masks(after[index], label_map.shape).cpu().numpy() for after in logits]
-            masks = np.stack(masks)  # (1 + T, H, W), made one by one: at full size they are large
+            masks = torch.stack([full_masks(after[index], label_map.shape) for after in logits])
+            masks = masks.cpu().numpy()  # (1 + T, H, W): the device is waited for once
             score = Score.of(batch[index], masks, label_map, actions.shape[1], hits[index])
             pictures = drawing.draw(row, score, masks, label_map, points[index], labels[index])
             scores.append(score._replace(pictures=pictures))
