@@ -106,6 +106,17 @@ def test_a_file_that_is_no_picture_is_named(tmp_path, read, content):
         read(path)
 
 
+@pytest.mark.parametrize("kind", ["a link to nothing", "a folder"])
+def test_what_is_no_file_is_named_as_a_broken_picture_is(tmp_path, kind):
+    path = tmp_path / "x.png"
+    if kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UserError, match=r"cannot read .*x\.png as a picture .*replace it"):
+        load_image(path)
+
+
 @pytest.mark.parametrize("extension", ["jpg", "png"])
 def test_a_truncated_image_is_named(tmp_path, extension):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
