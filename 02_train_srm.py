@@ -23,7 +23,7 @@ from common.runtime import checkpoint, files, script, settings
 from common.runtime.errors import UserError
 from common.runtime.progress import progress
 from common.runtime.run import Run, open_run
-from common.srm import CHANNEL_DROP, JOIN_KERNEL, build_srm, sample_at, train_step
+from common.srm import CHANNEL_DROP, HEADS, JOIN_KERNEL, build_srm, sample_at, train_step
 
 # what is trained
 TASK = "demo_saliency"  # as in stage 1
@@ -109,6 +109,8 @@ def check_constants() -> None:
     settings.positive(globals(), "STEPS", "SRM_BATCH", "LEARNING_RATE", "ROUNDS", "HELD_OUT",
                       "SAVE_EVERY", "LOG_EVERY")
     settings.not_negative(globals(), "SEED", "SHOTS")
+    if {*STATES} != {"no mask", "test-time start", "true start"}:
+        raise UserError(f"STATES={STATES} names another kind of state: keep the names of the three")
     if min(STATES.values()) < 0 or abs(sum(STATES.values()) - 1) > 1e-6:
         raise UserError(f"STATES={STATES} are no shares: set them to 0 or more, and to 1 in all")
     if not 0 <= RESIDUAL <= 1:
@@ -133,8 +135,9 @@ def main() -> None:
     made_with = {
         "task": TASK, "branch": branch, "seed": SEED, "shots": SHOTS, "steps": STEPS,
         "srm_batch": SRM_BATCH, "learning_rate": LEARNING_RATE, "rounds": ROUNDS, "states": STATES,
-        "channel_drop": CHANNEL_DROP, "join_kernel": JOIN_KERNEL, "every_text": bool(EVERY_TEXT),
-        "residual": float(RESIDUAL), "features": run.cache.identity()}
+        "channel_drop": CHANNEL_DROP, "heads": HEADS, "join_kernel": JOIN_KERNEL,
+        "every_text": bool(EVERY_TEXT), "residual": float(RESIDUAL),
+        "features": run.cache.identity()}
     path, this_stage = run.folder / "srm.pt", script.command("02_train_srm.py", globals())
     saved = checkpoint.resume(path, this_stage, made_with, {"step": int}, srm=srm,
                               optimizer=optimizer, generator=generator)
@@ -153,10 +156,11 @@ def main() -> None:
         maps, y = shots.maps_and_truth(rows, EVERY_TEXT, generator)
         s_c, s_t = episode.semantic_state(maps=maps), episode.state()
         loss, _ = train_step(srm, optimizer, s_c, s_t, y, generator)
-        names = [run.cache.name(shots.samples[row]) for row in rows]
-        script.require_finite({"the SRM's loss": loss}, f"in step {step} on " + ", ".join(names))
+        names = ", ".join(run.cache.name(shots.samples[row]) for row in rows)
+        where = f"in step {step} on the samples {names}"
+        script.require_finite({"the SRM's loss": loss}, where)
 
-        if step % LOG_EVERY == 0:
+        if step % LOG_EVERY == 0 or step == STEPS:
             labels = episode.labels_at_centres(srm)
             foreground, background = centre_accuracy(labels, shots.truth_centres[rows])
             log.append({"step": step, "loss": loss, "foreground_accuracy": foreground,

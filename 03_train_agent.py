@@ -33,7 +33,7 @@ from common.runtime import checkpoint, files, script, settings
 from common.runtime.errors import UserError
 from common.runtime.progress import progress
 from common.runtime.run import open_run
-from common.srm import CHANNEL_DROP, build_srm, train_step
+from common.srm import CHANNEL_DROP, HEADS, build_srm, train_step
 
 # what is trained
 TASK = "demo_saliency"  # as in stage 1
@@ -49,7 +49,7 @@ CLIP_RANGE = 0.20  # epsilon
 LEARNING_RATE = 1e-4  # Adam, of actor, critic and SRM
 
 # the SRM's share (section 3.3)
-SRM_STEPS = {"implicit": 1, "explicit": 5}  # q: optimiser steps before every step of the episode
+SRM_STEPS = {"implicit": 1, "explicit": 5}  # q: optimiser steps before P_0 and after each a_t
 SRM_BATCH = 8  # samples of the roll-out in one such step; all of them cost over an hour on a CPU
 
 # where it goes
@@ -103,15 +103,15 @@ def main() -> None:
                       "SRM_STEPS", "SRM_BATCH")
     settings.not_negative(globals(), "SEED", "SHOTS")
     if not 0 < GAMMA < 1:
-        raise UserError(f"GAMMA={GAMMA} is no discount: set it between 0 and 1")
+        raise UserError(f"GAMMA={GAMMA} is no discount: set it above 0 and below 1")
     run = open_run(globals())
     shots, identity = run.cache.training_set(SHOTS, ROUNDS, run.device), run.cache.identity()
 
     # stage 2's SRM goes on learning here; srm.pt itself stays as it is
     srm_path = run.folder / "srm.pt"
     stage_2 = script.command("02_train_srm.py", globals(), ("SHOTS", "SEED", "SAM"))
-    start = checkpoint.load_finished(
-        srm_path, stage_2, {"task": TASK, "shots": SHOTS, "features": identity})
+    wanted = {"task": TASK, "shots": SHOTS, "heads": HEADS, "features": identity}
+    start = checkpoint.load_finished(srm_path, stage_2, wanted, _OF_STAGE_2)
     branch, residual = start["settings"]["branch"], start["settings"]["residual"]
     files.lock(run.folder)
     prompter = run.load_prompter()
@@ -130,8 +130,8 @@ def main() -> None:
         "epochs": EPOCHS, "rounds": ROUNDS, "gamma": GAMMA, "clip_range": CLIP_RANGE,
         "learning_rate": LEARNING_RATE, "every_text": start["settings"]["every_text"],
         "residual": residual, "srm_steps": SRM_STEPS[branch], "srm_batch": SRM_BATCH,
-        "channel_drop": CHANNEL_DROP, "logit_scale": LOGIT_SCALE, "features": identity,
-        "srm": checkpoint.fingerprint(start["srm"]),
+        "channel_drop": CHANNEL_DROP, "heads": HEADS, "logit_scale": LOGIT_SCALE,
+        "features": identity, "srm": checkpoint.fingerprint(start["srm"]),
         "stage_2": {name: start["settings"][name] for name in _OF_STAGE_2}}
     log_path, curves = run.folder / "agent_log.csv", run.folder / "agent_curves.png"
     files.require_ours(log_path, curves)

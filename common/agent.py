@@ -88,12 +88,6 @@ def gumbel_noise(seed: int, number: int, rounds: int, patches: int) -> Tensor:
     return -(-uniform.log()).log()
 
 
-def entropy(distribution: Categorical) -> Tensor:
-    """(B,) entropy in nats; torch's own is NaN where an action has probability 0."""
-    probs, log_probs = distribution.probs, distribution.logits
-    return -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
-
-
 class Learner(NamedTuple):
     """What Algorithm 1 trains, and the optimisers; agent.pt keeps each under its name here."""
 
@@ -178,7 +172,7 @@ def ppo_update(actor: Actor, critic: Critic, optimizer: torch.optim.Optimizer, s
     with torch.no_grad():
         return {
             "policy_loss": policy_loss.item(), "value_loss": value_loss.item(),
-            "entropy": entropy(distribution).mean().item(),
+            "entropy": distribution.entropy().mean().item(),
             "kl": ((ratio - 1) - log_ratio).mean().item(),  # Schulman's k3 of KL(old || new)
             "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean().item(),
             "explained_variance": (1 - (targets - values).var() / targets.var()).item(),

@@ -152,6 +152,38 @@ def test_a_convolutions_update_has_low_rank():
     assert torch.linalg.matrix_rank(update, rtol=1e-4) == 4  # the authors'
 
 
+@pytest.mark.parametrize("name", ["demo", "tiny"])
+def test_the_first_step_reaches_every_update_and_every_adapter(name, tiny):
+    """What begins at zero must not stay there: one of two factors alone may be zero."""
+    for method in METHODS:
+        sam = demo() if name == "demo" else copy.deepcopy(tiny)
+        model = FineTuned(sam, method, texts=1)
+        one_step_back(model, sam)
+        at_zero = {key: weight for key, weight in model.trained().items()
+                   if not weight.any() and (".b." in key or ".up.weight" in key)}
+        assert at_zero
+        for key, weight in at_zero.items():
+            assert weight.grad.any(), key
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny"])
+def test_each_of_the_decoders_adapters_changes_the_mask(name, tiny):
+    sam = demo() if name == "demo" else copy.deepcopy(tiny)
+    model, picture = FineTuned(sam, "MSA", texts=1), picture_for(sam)
+    parts = {key: part for key, part in sam.mask_decoder.named_modules()
+             if isinstance(part, adapters.Adapter)}
+    blocks = range(len(sam.mask_decoder.transformer.layers))
+    assert set(parts) == {f"transformer.layers.{block}.{part}" for block in blocks for part in (
+        "cross_attn_token_to_image.out_proj.1", "mlp.adapter",
+        "cross_attn_image_to_token.out_proj.1")}
+    with torch.no_grad():
+        before = model.logits(picture)[1]
+        for key, part in parts.items():
+            torch.nn.init.normal_(part.up.weight, std=0.1)
+            assert (model.logits(picture)[1] - before).abs().max() > 1e-4, key
+            part.up.weight.zero_()
+
+
 def test_an_adapter_is_a_quarter_as_wide_inside_and_counts_half_beside_an_mlp():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8)

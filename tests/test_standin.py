@@ -1,6 +1,7 @@
 """The demo's scenes, the five data sets made of them, and the stand-ins trained on such scenes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from common.datasets import list_samples
 from common.frozen import clip_weights
 from common.images import load_image
 from common.label_maps import load_label_map
+from common.runtime import checkpoint
 from common.runtime.errors import UserError
 from common.standin import model, scenes
 from common.standin.training import auxiliary, store, train_clip, train_sam
@@ -60,12 +62,12 @@ def test_kept_scenes_are_used_again_but_none_of_another_generator_or_size(tmp_pa
     times = [path.stat().st_mtime_ns for path in folder.iterdir()]
     assert len(store.load_scenes(folder, 1)[0]) == 1
     assert times == [path.stat().st_mtime_ns for path in folder.iterdir()]
-    with pytest.raises(SystemExit, match="holds 2 scenes, but 3 are needed: delete the folder"):
+    with pytest.raises(UserError, match="holds 2 scenes, but 3 are needed: delete the folder"):
         store.load_scenes(folder, 3)
     content = json.loads((folder / "things.json").read_text())
     for other in (content | {"generator": 0}, content | {"side": 192}, content["things"]):
         (folder / "things.json").write_text(json.dumps(other))
-        with pytest.raises(SystemExit, match="scenes of another generator or size: delete the"):
+        with pytest.raises(UserError, match="scenes of another generator or size: delete the"):
             store.load_scenes(folder, 2)
 
 
@@ -193,15 +195,105 @@ def test_training_asks_for_the_facts_of_the_picture_that_is_embedded(monkeypatch
 
     monkeypatch.setattr(auxiliary, "loss", noting)
     sam = model.new_sam()
+    train_sam.set_size(sam, 64)
     head = torch.nn.Conv2d(model.WIDTH, auxiliary.CHANNELS, 1)
     shapes = np.zeros((4, 2, auxiliary.SHAPE), np.float32)
-    train_sam.train(sam, head, images, maps, things_of_scene, shapes, 64, 6, 1e-4, False, rng)
+    kept = train_sam.Scenes(images, maps, things_of_scene, shapes)
+    optimizer = torch.optim.SGD(sam.parameters(), 1e-4)
+    for _ in range(6):
+        train_sam.train_step(sam, head, optimizer, kept, 64, False, rng)
     assert len(asked) == 6
     for picture, instances, surfaces, things, shade in asked:
         assert torch.equal(things, picture[:, 0, ::2, ::2])
         assert torch.equal(shade, picture[:, 1, ::2, ::2])
         assert torch.equal(instances > 0, picture[:, 0, 4::8, 4::8])
         assert torch.equal(surfaces > 0, picture[:, 2, 4::8, 4::8])
+
+
+def test_clicks_teach_the_encoder_too(monkeypatch):
+    monkeypatch.setattr(train_sam, "BATCH", 2)
+    monkeypatch.setattr(train_sam, "AUXILIARY", 0.0)
+    images, maps = np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 5, 64, 64), np.uint8)
+    images[:, 20:50, 20:50] = 255
+    maps[:, 0, 20:50, 20:50] = 1
+    scenes_of_stars = train_sam.Scenes(images, maps, [[{"kind": "star"}]] * 2,
+                                       np.zeros((2, 2, auxiliary.SHAPE), np.float32))
+    sam = model.new_sam()
+    train_sam.set_size(sam, 64)
+    head = torch.nn.Conv2d(model.WIDTH, auxiliary.CHANNELS, 1)
+    parameters = [*sam.image_encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, 1e-4)
+    for with_clicks in (False, True):
+        train_sam.train_step(sam, head, optimizer, scenes_of_stars, 64, with_clicks,
+                             np.random.default_rng(0))
+        gradients = [weight.grad for weight in sam.image_encoder.parameters()]
+        assert all(gradient.any() for gradient in gradients)
+        assert bool(head.weight.grad.any()) != with_clicks  # of weight 0 beside the clicks
+
+
+@pytest.fixture
+def small_training(tmp_path, monkeypatch):
+    """Both trainings on 12 scenes, for a few steps; a function that returns their weights."""
+    torch.set_num_threads(1)
+    for program in (train_sam, train_clip):
+        for name, value in {"TRAIN": 10, "HELD_OUT": 2, "BATCH": 4, "SAVE_EVERY": 1,
+                            "SCENES": tmp_path}.items():
+            monkeypatch.setattr(program, name, value)
+        monkeypatch.setattr(program, "report", lambda *arguments: None)
+    monkeypatch.setattr(train_sam, "PHASES", ((64, 2, 2e-3, False), (64, 3, 4e-4, True)))
+    monkeypatch.setattr(train_sam, "ONE_BY_ONE", 0)  # where clicks are drawn by chance
+    monkeypatch.setattr(train_sam, "WEIGHTS", tmp_path / "sam.safetensors")
+    monkeypatch.setattr(train_clip, "STEPS", 4)
+    monkeypatch.setattr(train_clip, "WARM_UP", 2)
+    (tmp_path / "clip_config.json").write_bytes(
+        (clip_weights.STANDIN / "clip_config.json").read_bytes())
+    monkeypatch.setattr(train_clip, "STANDIN", tmp_path)
+
+    def train(program) -> dict[str, torch.Tensor]:
+        program.main()
+        return load_file(tmp_path / f"{'sam' if program is train_sam else 'clip'}.safetensors")
+
+    return train
+
+
+@pytest.mark.parametrize("program, stop", [
+    (train_sam, 1), (train_sam, 2), (train_sam, 4), (train_clip, 1), (train_clip, 3)])
+def test_a_stopped_training_of_a_stand_in_goes_on_as_if_it_had_not_stopped(
+        program, stop, small_training, tmp_path, monkeypatch):
+    expected = small_training(program)
+    state = tmp_path / ("sam.pt" if program is train_sam else "clip.pt")
+    state.unlink()
+    save, saved = checkpoint.save_training, []
+
+    def save_and_stop(*arguments, **parts):
+        save(*arguments, **parts)
+        saved.append(parts["step"])
+        if len(saved) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_training", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        program.main()
+    again = small_training(program)
+    assert len(saved) == (5 if program is train_sam else 4)  # each step once
+    for name, weight in expected.items():
+        assert torch.equal(again[name], weight), name
+    monkeypatch.setattr(program, "SEED", 1)
+    with pytest.raises(UserError, match=f"{state.name} was made with SEED=0, and now it is 1: "
+                                        "set it back, or delete the file$"):
+        program.main()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_ends_the_drawing_of_scenes_and_they_are_drawn_again(tmp_path):
+    (tmp_path / "images.npy").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        store.load_scenes(tmp_path, 2)
+    (tmp_path / "images.npy").unlink()
+    assert len(store.load_scenes(tmp_path, 2)[0]) == 2
+    (tmp_path / "maps.npy").write_bytes((tmp_path / "maps.npy").read_bytes()[:-9])
+    with pytest.raises(UserError, match="the scenes in .* are damaged .*: delete the folder to"):
+        store.load_scenes(tmp_path, 2)
 
 
 def test_only_things_that_can_be_seen_have_a_shape():

@@ -84,6 +84,8 @@ def scripts(monkeypatch, tmp_path, request):
     IoU is 3 percent points above the mean over images, pooled BER 7.
     """
     monkeypatch.chdir(tmp_path)
+    for name in ("seem", "unet", "unet0", "unet1", "msa", "theirs", "pictures"):  # tests name these
+        Path(name).mkdir()
     commands, trained, own_score = [], {}, getattr(request, "param", None)
 
     def run_script(script, *constants):
@@ -386,8 +388,14 @@ def test_samed_and_msa_are_of_one_recipe(scripts, monkeypatch, change, said):
     tables.main()
     edit(Path("runs/demo_saliency-seed1/rivals.json"),
          lambda content: change(content["given_masks"]["MSA"]["training"]))
-    with pytest.raises(UserError, match=f"seed1/rivals.json {said}: move runs/.*-seed1 away"):
+    with pytest.raises(UserError, match=f"seed1/rivals.json {said}: ") as refused:
         tables.main()
+    folder = "runs/demo_saliency-seed1"
+    assert f"move {folder}/rivals.json and {folder}/msa.pt and {folder}/msa_masks away" in str(
+        refused.value)
+    # seed 1 may be right: the recipe is that of the first seed
+    first = "(or runs/demo_saliency-seed0/rivals.json, if that is the odd one)"
+    assert (first in str(refused.value)) == ("STEPS" in said)
 
 
 def test_results_that_do_not_say_how_rivals_were_trained_are_named(scripts, monkeypatch):
@@ -447,12 +455,32 @@ def test_results_of_rivals_with_another_number_of_shots_are_not_taken(scripts, m
         tables.main()
 
 
-def test_shots_that_the_cache_does_not_hold_are_left_out(scripts, monkeypatch):
-    monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0a", 12, ("saliency object",)))
+@pytest.mark.parametrize("held, columns", [(12, ["5", "all"]), (20, ["5", "all"]), (5, ["all"])])
+def test_shots_that_the_cache_does_not_hold_are_left_out(scripts, monkeypatch, held, columns):
+    """And those that are all it holds are not trained twice."""
+    monkeypatch.setattr(tables, "look_into_cache", lambda task: ("0a", held, ("saliency object",)))
     monkeypatch.setattr(tables, "EXPERIMENTS", ("shots",))
     tables.main()
     table = tables_of("demo_saliency")["Table 10: labelled images, mIoU"]
-    assert list(table["AlignSAM"]) == ["5", "all"]
+    assert list(table["AlignSAM"]) == columns
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("MASKS", "SEEM:seem{seed}", "MASKS names seem1 for SEEM, which is no folder"),
+    ("DATA_DIR", "nowhere", "nowhere does not exist, and SAMed and MSA see its pictures: set")])
+def test_a_missing_folder_is_named_before_hours_of_training(
+        scripts, monkeypatch, name, value, said):
+    monkeypatch.setattr(tables, "SEEDS", (0, 1))
+    monkeypatch.setattr(tables, name, value)
+    Path("seem0").mkdir()
+    with pytest.raises(UserError, match=said):
+        tables.main()
+    assert {stage for stage, _ in scripts} <= {"01"}
+    if name == "MASKS":
+        Path("seem1").mkdir()
+    else:
+        monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))  # these need no pictures
+    tables.main()
 
 
 def test_the_papers_figures_stand_beside_its_models_and_its_question_only(scripts, monkeypatch):
@@ -496,17 +524,22 @@ def with_rounds(content: dict, rounds: int) -> None:
         content["iou_per_round"][row] = values[:rounds + 1]
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda content: content["trained"].update(episodes=5), "EPISODES=5, and now it is 50"),
-    (lambda content: with_rounds(content, 5), "ROUNDS=5, and now it is 15"),
+@pytest.mark.parametrize("change, said, stale", [
+    (lambda content: content["trained"].update(episodes=5), "EPISODES=5, and now it is 50", ""),
+    (lambda content: with_rounds(content, 5), "ROUNDS=5, and now it is 15", "/results.json"),
+    (lambda content: content.update(evaluation_seed=7), "EVALUATION_SEED=7, and now it is 1",
+     "/results.json"),
     (lambda content: content.update(sample_actions=True),
-     "SAMPLE_ACTIONS=True, and now it is False")])
-def test_a_table_is_of_one_recipe(scripts, monkeypatch, change, said):
+     "SAMPLE_ACTIONS=True, and now it is False", "/results.json")])
+def test_a_table_is_of_one_recipe(scripts, monkeypatch, change, said, stale):
+    """And a training is not thrown away where an evaluation alone is another one."""
     monkeypatch.setattr(tables, "SEEDS", (0, 1))
     monkeypatch.setattr(tables, "EXPERIMENTS", ("main",))
     tables.main()
     edit(Path("runs/demo_saliency-seed1/results.json"), change)
-    with pytest.raises(UserError, match=f"seed1/results.json was made with {said}"):
+    one, first = (f"runs/demo_saliency-seed{seed}{stale}" for seed in (1, 0))
+    with pytest.raises(UserError, match=f"seed1/results.json was made with {said}: move {one} away,"
+                                        rf" or delete it \(or {first}, if that is the odd one\)"):
         tables.main()
 
 
@@ -514,8 +547,20 @@ def test_20_rounds_that_are_fewer_are_not_taken_for_them(scripts, monkeypatch):
     monkeypatch.setattr(tables, "EXPERIMENTS", ("iterations",))
     tables.main()
     edit(Path("runs/demo_saliency-seed0/T20.json"), lambda content: with_rounds(content, 15))
-    with pytest.raises(UserError, match="T20.json was made with ROUNDS=15, and now it is 20"):
+    with pytest.raises(UserError, match="T20.json was made with ROUNDS=15, and now it is 20: move "
+                                        "[^ ]*/T20.json away"):
         tables.main()
+
+
+def test_a_row_of_fewer_rounds_is_in_no_table_of_rounds(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("iterations",))
+    tables.main()
+    edit(Path("runs/demo_saliency-seed0/T20.json"), lambda content: (
+        content["rows"].update({"w/o MSI": content["rows"]["w/o RL"]}),
+        content["iou_per_round"].update({"w/o MSI": [0.1, 0.2]})))
+    tables.main()
+    [rows] = (rows for title, rows in tables_of("demo_saliency").items() if "Table 5" in title)
+    assert list(rows) == ["AlignSAM", "w/o RL", "w/o SRM"]
 
 
 def test_real_data_without_a_cache_are_not_guessed_at(scripts, monkeypatch):
@@ -555,6 +600,8 @@ def test_modules_are_run_as_such_and_their_failure_is_a_sentence(tmp_path, monke
 @pytest.fixture
 def results(scripts) -> Path:
     """A file of results as stage 4 writes it."""
+    for stage in ("02_train_srm.py", "03_train_agent.py"):
+        tables.run_script(stage, "TASK=sbu", "SEED=0", "RUN_DIR=.")
     tables.run_script("04_evaluate.py", "TASK=sbu", "SEED=0", "ROWS=all", "RUN_DIR=.",
                       "RESULTS=results.json")
     return Path("results.json")
@@ -585,6 +632,8 @@ def pooled(content: dict) -> dict:
     (lambda content: content.update(given_masks={"MSA": {"training": 5}}),
      "AttributeError|training is no dict"),
     (lambda content: content["rows"].pop("AlignSAM"), "lacks the row AlignSAM"),
+    (lambda content: content["trained"].pop("srm"), "KeyError: 'srm'"),
+    (lambda content: content["trained"].pop("rounds"), "KeyError: 'rounds'"),
     (lambda content: content.update(iou_per_round={}), "KeyError"),
     (lambda content: content["iou_per_round"]["AlignSAM"].pop(),
      "rounds are not as many as it says"),

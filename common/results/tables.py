@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from common.cache import Cache
 from common.metrics import METRICS
+from common.results.given_masks import split
 from common.results.outputs import flat
 from common.results.paper import (
     CLASSES,
@@ -34,6 +35,7 @@ from common.results.plotting import plt, save_figure
 from common.rivals.finetuned import METHODS
 from common.runtime import files, script, settings
 from common.runtime.errors import UserError
+from common.runtime.files import expanded
 from common.runtime.settings import require_same
 from common.tasks import get_task
 
@@ -156,9 +158,13 @@ def run_experiments(wanted: set[str], branch: str, identity: str, shots: int) ->
     return runs
 
 
+def run_folder(task: str, seed: int, suffix: str = "") -> Path:
+    return Path("runs") / f"{task}-seed{seed}{suffix}"
+
+
 def place_of(task: str, seed: int, experiment: Experiment) -> Path:
     """Where the results of an experiment lie."""
-    return Path("runs") / f"{task}-seed{seed}{experiment.suffix}" / experiment.results
+    return run_folder(task, seed, experiment.suffix) / experiment.results
 
 
 def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
@@ -168,7 +174,7 @@ def run_stages(task: str, seed: int, experiment: Experiment, identity: str,
     identity: the cache's. like: results of the task's first main run; see `require_asked`.
     """
     path, rivals = place_of(task, seed, experiment), experiment.rivals
-    main, folder = Path("runs") / f"{task}-seed{seed}", path.parent
+    main, folder = run_folder(task, seed), path.parent
     masks = experiment.evaluation.get("MASKS")
     if not path.exists() or masks and rivals is None:  # given masks may have changed since
         same = {"TASK": task, "RUN_DIR": folder, "FEATURES": f"runs/{task}/features.h5",
@@ -239,6 +245,17 @@ def run_script(script: str, *constants: str) -> None:
         raise UserError(f"{module} stopped; mend what it says above and run the same command again")
 
 
+def require_folders(wanted: set[str]) -> None:
+    """Raises UserError at once where a folder is missing that is needed only after hours."""
+    data, drawn = expanded(DATA_DIR or f"data/{TASK}"), TASK.startswith("demo_") and not DATA_DIR
+    for seed in SEEDS:
+        split(MASKS.replace("{seed}", str(seed)), own_rows=())
+        untrained = not place_of(TASK, seed, trained_rivals("", {})).exists()
+        if "rivals" in wanted and untrained and not drawn and not data.is_dir():
+            raise UserError(f"{data} does not exist, and SAMed and MSA see its pictures: set "
+                            "DATA_DIR to the data set, or EXPERIMENTS without rivals")
+
+
 def look_into_cache(task: str) -> tuple[str, int, tuple[str, ...]]:
     """The identity of the task's cache, how many training samples it holds, and its texts."""
     cache = Cache.open(Path("runs") / task / "features.h5", task)
@@ -255,14 +272,17 @@ def require_asked(path: Path, content: dict, experiment: Experiment, seed: int, 
     asked = {"seed": seed, "features": identity}
     for constants in (experiment.srm, experiment.agent, experiment.rivals):
         asked |= {name.lower(): value for name, value in (constants or {}).items()}
-    follows = {"srm"}  # from the seed
+    follows = {"srm", *asked}  # from the seed
     if "branch" in asked:
         follows.add("srm_steps")  # from the branch
     training = {name: value for name, value in like["trained"].items() if name not in follows}
     evaluation = {"rounds": experiment.evaluation.get("ROUNDS", like["rounds"]),
                   "sample_actions": like["sample_actions"], "evaluation_seed": seed}
-    require_same(path, content["trained"], training | asked, mend=move_away(path.parent))
-    require_same(path, content, evaluation, mend=move_away(path.parent))
+    stale = path if experiment.agent is None else path.parent  # another's agent stays
+    first = run_folder(content["task"], SEEDS[0])
+    require_same(path, content["trained"], asked, mend=move_away(stale))
+    require_same(path, content["trained"], training, mend=move_away(stale, unless=first))
+    require_same(path, content, evaluation, mend=move_away(path, unless=first / "results.json"))
 
 
 def require_trained_alike(path: Path, content: dict, like: dict, asked: dict) -> None:
@@ -275,12 +295,19 @@ def require_trained_alike(path: Path, content: dict, like: dict, asked: dict) ->
         training = content.get("given_masks", {}).get(method, {}).get("training")
         if training is None:
             raise UserError(f"{path} does not say how {method} was trained: {_AGAIN}")
-        wanted = like["given_masks"][method]["training"] | asked
-        require_same(path, training, wanted, mend=move_away(path.parent))
+        stale = [path, *(path.parent / f"{method.lower()}{end}" for end in (".pt", "_masks"))]
+        recipe = {name: value for name, value in like["given_masks"][method]["training"].items()
+                  if name not in asked}
+        first = run_folder(content["task"], SEEDS[0]) / "rivals.json"
+        require_same(path, training, asked, mend=move_away(*stale))
+        require_same(path, training, recipe, mend=move_away(*stale, unless=first))
 
 
-def move_away(path: Path) -> str:
-    return f"move {path} away, or delete it, and run the same command again"
+def move_away(*stale: Path, unless: Path | None = None) -> str:
+    """What to do about stale files. unless: what they are compared with, which may be at fault."""
+    named, it = " and ".join(map(str, stale)), "them" if len(stale) > 1 else "it"
+    odd = f" (or {unless}, if that is the odd one)" if unless and unless not in stale else ""
+    return f"move {named} away, or delete {it}{odd}, and run the same command again"
 
 
 def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
@@ -294,6 +321,8 @@ def read_results(path: Path, task: str, rows: tuple[str, ...]) -> dict:
         for name, kind in _CONTENT.items():
             if not isinstance(content[name], kind):
                 raise ValueError(f"{name} is no {kind.__name__}")
+        for name in ("srm", "rounds", "episodes"):
+            content["trained"][name]
         outdated = lacks_pooled(content)
         if not outdated:
             check_figures(content)
@@ -386,9 +415,11 @@ def pooled_class_ious(runs: list[dict], row: str) -> dict[str, Figure]:
 
 
 def rounds_of(runs: list[dict]) -> dict[str, list[Figure]]:
-    """{row: mIoU after each round, M_0 first}."""
+    """{row: mIoU after each round, M_0 first}, of the rows that have all rounds."""
     lines = {}
     for row in rows_of_all(runs):
+        if any(len(run["iou_per_round"][row]) <= run["rounds"] for run in runs):
+            continue  # w/o MSI, or given masks: someone called stage 4 with more rows
         after_rounds = zip(*(run["iou_per_round"][row] for run in runs))
         lines[row] = [spread(list(values)) for values in after_rounds]
     return lines
@@ -568,6 +599,7 @@ def main() -> None:
     elif not (out / "features.h5").exists():
         raise UserError(f"{out / 'features.h5'} does not exist: run 01_cache_features.py "
                         f"TASK={TASK} first, with your SAM, CLIP and DATA_DIR")
+    require_folders(wanted)
 
     plots = [_PLOTS[name] for name in _PLOTS if name in wanted]
     files.require_ours(*(out / name for name in ("tables.md", "tables.json", *plots)))

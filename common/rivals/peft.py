@@ -141,12 +141,12 @@ def train(model: FineTuned, run: Run, paths: dict[int, Path], rows: list[int],
         for weight, parts in zip(model.trained().values(), zip(*gradients)):
             weight.grad = sum(parts) / len(batch)
         names = ", ".join(run.cache.name((rows[one], 0)) for one in batch)
-        script.require_finite({"the loss": total}, f"in step {step} on {names}")
+        script.require_finite({"the loss": total}, f"in step {step} on the samples {names}")
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         optimizer.step()
 
         losses.append(total)
-        if step % LOG_EVERY == 0:
+        if step % LOG_EVERY == 0 or step == STEPS:
             log.append({"step": step, "loss": np.mean(losses[-LOG_EVERY:]).item(),
                         "learning_rate": learning_rate(step)})
         if step % SAVE_EVERY == 0 or step == STEPS:

@@ -8,7 +8,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -68,8 +68,10 @@ def load(path: Path, stage: str, settings: dict[str, type] = SETTINGS, **further
             content = torch.load(path, map_location="cpu", weights_only=True)
         _require_types(content, CONTENT | further)
         _require_types(content["settings"], settings)
-        if "branch" in settings and content["settings"]["branch"] not in ("implicit", "explicit"):
-            raise ValueError("its branch is neither implicit nor explicit")
+        if "branch" in settings:
+            if content["settings"]["branch"] not in ("implicit", "explicit"):
+                raise ValueError("its branch is neither implicit nor explicit")
+            content["settings"].setdefault("heads", 4)  # of files from before it was recorded
         for row in content.get("log", ()):
             if not all(isinstance(value, (int, float)) for value in row.values()):
                 raise ValueError("its log holds something that is not a number")
@@ -131,13 +133,14 @@ def _require_shapes(name: str, optimizer: torch.optim.Optimizer) -> None:
             raise ValueError(f"the state of {name} has another shape")
 
 
-def load_finished(path: Path, stage: str, wanted: dict) -> dict:
+def load_finished(path: Path, stage: str, wanted: dict, read: Collection[str] = ()) -> dict:
     """The content of a finished training run.
 
     stage: the command that writes `path`. wanted: settings that it must have been made with.
+    read: further settings that it must have.
     Raises UserError like `load`, and if the run is not finished or was made with other settings.
     """
-    content = load(path, stage, **TRAINING)
+    content = load(path, stage, SETTINGS | dict.fromkeys(read, object), **TRAINING)
     if not content["finished"]:
         raise UserError(f"{path} is from an unfinished run: run {stage} again, it goes on where it "
                         "stopped")
@@ -146,19 +149,20 @@ def load_finished(path: Path, stage: str, wanted: dict) -> dict:
 
 
 def resume(path: Path, stage: str, made_with: dict, further: dict[str, type],
-           settings: dict[str, type] = SETTINGS, **parts) -> dict | None:
+           settings: dict[str, type] = SETTINGS, mend: str | None = None,
+           **parts) -> dict | None:
     """Puts the state of a stopped run back into `parts` (see `restore`) and returns the content.
 
     stage: the command that writes `path`. made_with: the settings of the present run.
     further: names and types of what it must hold beside `CONTENT` and `TRAINING`.
-    settings: as in `load`.
+    settings: as in `load`. mend: as in `require_same`.
     Returns None if there is no such file yet. Raises UserError like `load` and `restore`, and if
     the file was made with other settings.
     """
     if not os.path.lexists(path):  # a link to nothing is refused below
         return None
     content = load(path, stage, settings, **TRAINING, **further)
-    require_same(path, content["settings"], made_with)
+    require_same(path, content["settings"], made_with, mend)
     restore(path, content, **parts)
     return content
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.agent import Actor
+from common.agent import LOGIT_SCALE, Actor
 from common.cache import Cache
 from common.episode import Episode, patch_centres
 from common.frozen.sam import BatchedPrompter
 from common.frozen.sam_weights import load_decoder
 from common.runtime import checkpoint, distributed, script, settings
 from common.runtime.errors import UserError
-from common.srm import build_srm
+from common.srm import HEADS, build_srm
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Run:
         path, srm_path = self.folder / "agent.pt", self.folder / "srm.pt"
         stage_2, stage_3 = (script.command(name, constants, ("SAM",))
                             for name in ("02_train_srm.py", "03_train_agent.py"))
-        wanted = {"task": constants["TASK"], "features": self.cache.identity()}
+        wanted = {"task": constants["TASK"], "heads": HEADS, "logit_scale": LOGIT_SCALE,
+                  "features": self.cache.identity()}
         content = checkpoint.load_finished(path, stage_3, wanted)
         if srm_path.exists():
             now = checkpoint.load(srm_path, stage_2, srm=dict)["srm"]

@@ -159,5 +159,5 @@ def require_finite(values: dict[str, float], where: str) -> None:
     """
     for name, value in values.items():
         if not math.isfinite(value):
-            raise UserError(f"{name.replace('_', ' ')} is {value} {where}: lower LEARNING_RATE, or "
-                            "check the input; what was saved before is intact")
+            raise UserError(f"{name.replace('_', ' ')} is {value} {where}: lower LEARNING_RATE and "
+                            "delete what this stage has saved, or check the input")

@@ -7,6 +7,7 @@ once and kept in a folder.
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.runtime import files
+from common.runtime.errors import UserError
 from common.standin.model import IMAGE_SIZE
 from common.standin.scenes import GENERATOR, draw_for_training
 
@@ -44,35 +46,44 @@ def load_scenes(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[
     """The first `count` training scenes; they are drawn on all cores if the folder has none.
 
     Returns images (count, s, s, 3) uint8 and maps (count, 5, s, s) uint8, both memory-mapped, and
-    the things of each scene. Exits with a message if the folder holds fewer scenes or other ones.
+    the things of each scene. Raises UserError if the folder holds fewer scenes, other ones, or
+    files that are damaged.
     """
     if not (folder / "things.json").exists():
         draw_scenes(folder, count)
     again = "delete the folder to draw them again"
-    content = json.loads((folder / "things.json").read_text())
+    try:
+        content = json.loads((folder / "things.json").read_text(encoding="utf-8"))
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        maps = np.load(folder / "maps.npy", mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the scenes in {folder} are damaged ({error}): {again}") from error
     if not isinstance(content, dict) or not content.items() >= _DRAWN.items():
-        raise SystemExit(f"{folder} holds scenes of another generator or size: {again}")
+        raise UserError(f"{folder} holds scenes of another generator or size: {again}")
     things = content["things"]
     if len(things) < count:
-        raise SystemExit(f"{folder} holds {len(things)} scenes, but {count} are needed: {again}")
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    maps = np.load(folder / "maps.npy", mmap_mode="r")
+        raise UserError(f"{folder} holds {len(things)} scenes, but {count} are needed: {again}")
     return images[:count], maps[:count], things[:count]
 
 
 def draw_scenes(folder: Path, count: int) -> None:
     """Draws training scenes 0 to `count` - 1. things.json is written last: then all is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    side = IMAGE_SIZE
-    open_memmap = np.lib.format.open_memmap
-    images = open_memmap(folder / "images.npy", "w+", np.uint8, (count, side, side, 3))
-    maps = open_memmap(folder / "maps.npy", "w+", np.uint8, (count, len(FIELDS), side, side))
-    things = []
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    side, things = IMAGE_SIZE, []
+    shapes = {"images.npy": (count, side, side, 3), "maps.npy": (count, len(FIELDS), side, side)}
+    with ExitStack() as opened:
+        # Scene by scene into open files: where the disk is full, a memory map would kill us.
+        images, maps = (opened.enter_context(open(folder / name, "wb")) for name in shapes)
+        for file, shape in zip((images, maps), shapes.values()):
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        pool = ProcessPoolExecutor(os.cpu_count())
+        opened.callback(pool.shutdown, cancel_futures=True)
         drawn = pool.map(draw_small, range(count), chunksize=16)
-        for index, scene in enumerate(tqdm(drawn, "drawing scenes", total=count)):
-            images[index], maps[index], things_of_scene = scene
-            things.append(things_of_scene)
+        for image, its_maps, its_things in tqdm(drawn, "drawing scenes", total=count):
+            images.write(image.tobytes())
+            maps.write(its_maps.tobytes())
+            things.append(its_things)
     files.write_text(folder / "things.json", json.dumps(_DRAWN | {"things": things}))
 
 

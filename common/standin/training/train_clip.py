@@ -2,7 +2,8 @@
 
     python -m common.standin.training.train_clip
 
-This takes 58 minutes on one thread of a 2-core CPU. It uses the scenes of train_sam.py.
+We estimate an hour on one thread of a 2-core CPU. It uses the scenes of train_sam.py. A stopped
+training goes on from its last save.
 
 The model is open_clip's `CLIP` at a small size. Captions name kinds of things (alone, or with a
 colour or surface), shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates.
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 
 from common.frozen.clip_surgery import TEMPLATES, ClipSurgery, surgery_tokens
 from common.frozen.clip_weights import STANDIN
+from common.runtime import checkpoint, script
 from common.standin.scenes import KINDS
 from common.standin.training.store import FIELDS, load_scenes, save_weights
 from common.standin.training.train_sam import BF16, HELD_OUT, SCENES, TRAIN
@@ -45,6 +47,8 @@ PATCHES = 8  # of each crop: single patches that are regions of their own
 LEARNING_RATE = 1e-3  # of AdamW: a warm-up, then cosine to zero
 WARM_UP = 200  # steps
 SEED = 0
+SAVE_EVERY = 100  # steps: a stopped training goes on from there
+REPORT_EVERY = 600  # steps
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Pixels a side of a crop, which shows a thing or two. Maps are made of images three times as large:
 # whole scenes.
@@ -274,24 +278,33 @@ def report(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, images: 
 
 def main() -> None:
     torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
     images, maps, things = load_scenes(SCENES, TRAIN + HELD_OUT)
     config = json.loads((STANDIN / "clip_config.json").read_text())
     model = open_clip.CLIP(**config).to(DEVICE)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-    scales = nn.Parameter(torch.full((2,), 10.0, device=DEVICE).log())  # for crops and for regions
-    biases = nn.Parameter(torch.full((2,), -3.0, device=DEVICE))
-    parameters = [*model.parameters(), scales, biases]
+    pairs = nn.ParameterDict({  # for crops and for regions
+        "scales": torch.full((2,), 10.0, device=DEVICE).log(),
+        "biases": torch.full((2,), -3.0, device=DEVICE)})
+    parameters = [*model.parameters(), *pairs.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS,
                                                    pct_start=WARM_UP / STEPS)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=DEVICE).view(3, 1, 1)
     deviation = torch.tensor(open_clip.OPENAI_DATASET_STD, device=DEVICE).view(3, 1, 1)
     held_out = slice(TRAIN, TRAIN + HELD_OUT)
-    started, losses = time.time(), []
 
-    for step in range(1, STEPS + 1):
-        batch = draw_batch(images, maps, things, rng)
+    path, generator = SCENES / "clip.pt", torch.Generator().manual_seed(SEED)
+    made_with = {"steps": STEPS, "train": TRAIN, "batch": BATCH, "regions": REGIONS,
+                 "patches": PATCHES, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP,
+                 "shares": SHARES, "seed": SEED}
+    saved = checkpoint.resume(path, "make standin", made_with, {"step": int}, {},
+                              "set it back, or delete the file", model=model, pairs=pairs,
+                              optimizer=optimizer, schedule=schedule, generator=generator)
+    done = saved["step"] if saved else 0
+    started, losses = time.time(), []
+    for step in range(done + 1, STEPS + 1):
+        seed = torch.randint(2**31, (), generator=generator).item()
+        batch = draw_batch(images, maps, things, np.random.default_rng(seed))
         crops, weights, captions, true_of_crops, true_of_regions = batch
         with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
             tokens = surgery_tokens(model.visual, (crops.to(DEVICE) / 255 - mean) / deviation)
@@ -302,7 +315,8 @@ def main() -> None:
         loss = 0
         for similarity, true, scale, bias in zip(
                 (of_crops @ texts.T, of_regions @ texts.T),
-                (true_of_crops.to(DEVICE), true_of_regions.to(DEVICE)), scales, biases):
+                (true_of_crops.to(DEVICE), true_of_regions.to(DEVICE)), pairs["scales"],
+                pairs["biases"]):
             loss = loss + pair_loss(similarity, true, scale, bias)
             loss = loss + choice_loss(similarity, true, scale)
 
@@ -312,17 +326,20 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        if step % 50 == 0:
-            print(f"step {step}/{STEPS}  loss {np.mean(losses[-50:]):.3f}  "
-                  f"{(time.time() - started) / step:.2f} s a step", flush=True)
-        if step % 600 == 0 or step == STEPS:
-            model.eval()
-            report(model, tokenizer, images[held_out], maps[held_out], things[held_out])
-            model.logit_scale.data = scales[0].data.clone()  # CLIP's own name for the scale
-            save_weights(model, SCENES / "clip.safetensors")
+        if step % SAVE_EVERY == 0 or step == STEPS:
+            checkpoint.save_training(path, made_with, [], finished=step == STEPS, step=step,
+                                     model=model, pairs=pairs, optimizer=optimizer,
+                                     schedule=schedule, generator=generator)
+            print(f"step {step}/{STEPS}  loss {np.mean(losses[-SAVE_EVERY:]):.3f}  "
+                  f"{(time.time() - started) / (step - done):.2f} s a step", flush=True)
+        if step % REPORT_EVERY == 0 and step < STEPS:
+            report(model.eval(), tokenizer, images[held_out], maps[held_out], things[held_out])
             model.train()
+    model.logit_scale.data = pairs["scales"][0].data.clone()  # CLIP's own name for the scale
     save_weights(model, STANDIN / "clip.safetensors")
+    print(f"wrote {STANDIN / 'clip.safetensors'}; to train from scratch again, delete {path}")
+    report(model.eval(), tokenizer, images[held_out], maps[held_out], things[held_out])
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main, globals())

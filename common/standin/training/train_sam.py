@@ -3,7 +3,9 @@
     python -m common.standin.training.train_sam
 
 We estimate three hours on both threads of a 2-core CPU. The first phases see smaller pictures,
-since the encoder is convolutional and the cost of a step grows with the picture.
+since the encoder is convolutional and the cost of a step grows with the picture. A stopped training
+goes on from its last save. With another number of threads other weights result: each thread draws
+clicks for a part of the batch.
 
 Each step embeds a batch of scenes and asks for one target in each. Some batches are prompted as
 people do it: up to nine clicks, each in the middle of the largest error. The others are decoded
@@ -22,8 +24,10 @@ first alone and then together with the clicks.
 
 import common.runtime.first  # noqa: F401  before torch
 
+import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +37,13 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.runtime import checkpoint, script
 from common.runtime.workers import side_by_side
 from common.standin.model import IMAGE_SIZE, STRIDE, WEIGHTS, WIDTH, new_sam
 from common.standin.training import auxiliary
 from common.standin.training.store import load_scenes, save_weights
 
-SCENES = Path("data/standin")  # where the training scenes are kept
+SCENES = Path("data/standin")  # where the training scenes are kept, and the state of a training
 TRAIN, HELD_OUT = 8000, 400  # scenes
 PHASES = (  # pixels a side, optimiser steps, greatest rate, with clicks or the auxiliary task alone
     (192, 1500, 2e-3, False),
@@ -57,12 +62,22 @@ TEST_SHARES = {  # and in the test
     "thing": 0.36, "kind": 0.16, "union": 0.16, "shadow": 0.14, "mirror": 0.1, "blur": 0.08,
 }
 SEED = 0
+SAVE_EVERY = 100  # steps: a stopped training goes on from there
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda"  # on a CPU without matrix instructions the way back is slower with it
 # pixels a side of one of the decoder's low-resolution masks; targets are as coarse
 PIXEL = STRIDE // auxiliary.FINE
 LEAST_TARGET, GREATEST_TARGET = 1 / 768, 0.8  # shares of the scene
 PATCHES = 10  # a side, as many as AlignSAM's agent has
+
+
+class Scenes(NamedTuple):
+    """Scenes to train on."""
+
+    images: np.ndarray  # (N, s, s, 3) uint8
+    maps: np.ndarray  # (N, 5, s, s) uint8, as from `load_scenes`
+    things: list[list[dict]]  # of each scene
+    shapes: np.ndarray  # (N, n, 11) float32, of auxiliary.shapes_of_scenes
 
 
 def decode(sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor,
@@ -410,78 +425,97 @@ def report(sam: Sam, images: np.ndarray, maps: np.ndarray, things: list[list[dic
         print(f"held-out IoU after clicks 1 to 9, {name}: {values}", flush=True)
 
 
+def train_step(sam: Sam, head: nn.Module, optimizer: torch.optim.Optimizer, scenes: Scenes,
+               size: int, with_clicks: bool, rng: np.random.Generator) -> tuple[float, float]:
+    """One step of a phase, on a batch of scenes; sam and head are changed in place.
+
+    Returns the auxiliary loss and the mean IoU after the last prompt, which is NaN without clicks.
+    """
+    # a batch of scenes
+    rows = np.sort(rng.choice(len(scenes.images), BATCH, replace=False))
+    images, maps = resize(scenes.images[rows], scenes.maps[rows], size)
+    images, maps, shapes = flip_at_random(images, maps, scenes.shapes[rows], rng)
+
+    # embed it once, and ask for facts about each cell
+    pictures = to_pictures(images).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
+        inputs = sam.preprocess(pictures).contiguous(memory_format=torch.channels_last)
+        embeddings = sam.image_encoder(inputs)
+    embeddings = embeddings.float().contiguous()
+    at_centres = maps[:, :2, STRIDE // 2::STRIDE, STRIDE // 2::STRIDE].copy()
+    instances, surfaces = torch.from_numpy(at_centres).long().to(DEVICE).unbind(1)
+    fine = maps[:, :3:2, ::PIXEL, ::PIXEL] > 0  # things and shadows
+    things_here, shade = torch.from_numpy(fine).to(DEVICE).unbind(1)
+    loss = auxiliary.loss(head(embeddings), pictures, instances, surfaces, things_here, shade,
+                          torch.from_numpy(shapes).to(DEVICE))
+    optimizer.zero_grad()
+
+    # ask for targets by clicks, and send both gradients back through the encoder
+    reached = math.nan
+    if with_clicks:
+        targets = np.stack([draw_target(scene_maps, scenes.things[row], rng)[0]
+                            for scene_maps, row in zip(maps, rows)])
+        gradient, ious = click_gradients(sam, embeddings, torch.from_numpy(targets).to(DEVICE), rng)
+        reached = ious.mean().item()
+        torch.autograd.backward([AUXILIARY * loss, embeddings], [None, gradient])
+    else:
+        loss.backward()
+    nn.utils.clip_grad_norm_([*sam.parameters(), *head.parameters()], 1.0)
+    optimizer.step()
+    return loss.item(), reached
+
+
 def main() -> None:
-    torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
     images, maps, things = load_scenes(SCENES, TRAIN + HELD_OUT)
-    shapes = auxiliary.shapes_of_scenes(maps[:TRAIN, 0])
-    sam = new_sam().to(DEVICE)
+    scenes = Scenes(images[:TRAIN], maps[:TRAIN], things[:TRAIN],
+                    auxiliary.shapes_of_scenes(maps[:TRAIN, 0]))
+    torch.manual_seed(SEED)
+    sam = new_sam().to(DEVICE).train()
     init_cross_attention(sam)
     sam.image_encoder.to(memory_format=torch.channels_last)
     head = nn.Conv2d(WIDTH, auxiliary.CHANNELS, 1).to(DEVICE)
 
-    for size, steps, rate, with_clicks in PHASES:
+    path, generator = SCENES / "sam.pt", torch.Generator().manual_seed(SEED)
+    made_with = {"phases": PHASES, "train": TRAIN, "batch": BATCH, "auxiliary": AUXILIARY,
+                 "one_by_one": ONE_BY_ONE, "shares": SHARES, "seed": SEED}
+    saved = checkpoint.resume(path, "make standin", made_with, {"phase": int, "step": int}, {},
+                              "set it back, or delete the file", sam=sam, head=head,
+                              generator=generator)
+    for phase in range(saved["phase"] if saved else 0, len(PHASES)):
+        size, steps, rate, with_clicks = PHASES[phase]
         print(f"{steps} steps at {size} x {size} pixels, "
               f"{'with clicks' if with_clicks else 'the encoder alone'}", flush=True)
-        train(sam, head, images[:TRAIN], maps[:TRAIN], things[:TRAIN], shapes, size, steps, rate,
-              with_clicks, rng)
-        save_weights(sam, SCENES / WEIGHTS.name)  # only the last phase's replace the ones in use
+        set_size(sam, size)
+        parameters = [*sam.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.07)
+        done = 0
+        if saved and saved["phase"] == phase:
+            checkpoint.restore(path, saved, optimizer=optimizer, schedule=schedule)
+            done = saved["step"]
+
+        started, ious = time.time(), []
+        for step in range(done + 1, steps + 1):
+            # all that is random in a step follows from one number: training can go on at any
+            seed = torch.randint(2**31, (), generator=generator).item()
+            torch.manual_seed(seed)
+            loss, reached = train_step(sam, head, optimizer, scenes, size, with_clicks,
+                                       np.random.default_rng(seed))
+            schedule.step()
+            ious.append(reached)
+            if step % SAVE_EVERY and step < steps:
+                continue
+            checkpoint.save_training(
+                path, made_with, [], finished=phase == len(PHASES) - 1 and step == steps,
+                phase=phase, step=step, sam=sam, head=head, optimizer=optimizer,
+                schedule=schedule, generator=generator)
+            clicked = f"  IoU at the last prompt {np.mean(ious[-50:]):.3f}" if with_clicks else ""
+            print(f"step {step}/{steps}  auxiliary loss {loss:.3f}{clicked}  "
+                  f"{(time.time() - started) / (step - done):.2f} s a step", flush=True)
     save_weights(sam, WEIGHTS)
+    print(f"wrote {WEIGHTS}; to train from scratch again, delete {path}", flush=True)
     report(sam.eval(), images[TRAIN:], maps[TRAIN:], things[TRAIN:])
 
 
-def train(sam: Sam, head: nn.Module, images: np.ndarray, maps: np.ndarray, things: list[list[dict]],
-          shapes: np.ndarray, size: int, steps: int, rate: float, with_clicks: bool,
-          rng: np.random.Generator) -> None:
-    """One of PHASES; sam and head are changed in place, and each phase has its own schedule.
-
-    images: (N, s, s, 3). maps: (N, 5, s, s). things: of each scene. shapes: (N, n, 11).
-    """
-    set_size(sam, size)
-    sam.train()
-    parameters = [*sam.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.07)
-    started, ious = time.time(), []
-    for step in range(1, steps + 1):
-        # a batch of scenes
-        rows = np.sort(rng.choice(len(images), BATCH, replace=False))
-        batch_images, batch_maps = resize(images[rows], maps[rows], size)
-        batch_images, batch_maps, batch_shapes = flip_at_random(batch_images, batch_maps,
-                                                                shapes[rows], rng)
-
-        # embed it once, and ask for facts about each cell
-        pictures = to_pictures(batch_images).to(DEVICE)
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
-            inputs = sam.preprocess(pictures).contiguous(memory_format=torch.channels_last)
-            embeddings = sam.image_encoder(inputs)
-        embeddings = embeddings.float().contiguous()
-        at_centres = batch_maps[:, :2, STRIDE // 2::STRIDE, STRIDE // 2::STRIDE].copy()
-        instances, surfaces = torch.from_numpy(at_centres).long().to(DEVICE).unbind(1)
-        fine = batch_maps[:, :3:2, ::PIXEL, ::PIXEL] > 0  # things and shadows
-        things_here, shade = torch.from_numpy(fine).to(DEVICE).unbind(1)
-        loss = auxiliary.loss(head(embeddings), pictures, instances, surfaces, things_here, shade,
-                              torch.from_numpy(batch_shapes).to(DEVICE))
-        optimizer.zero_grad()
-
-        # ask for targets by clicks, and send both gradients back through the encoder
-        if with_clicks:
-            targets = np.stack([draw_target(scene_maps, things[row], rng)[0]
-                                for scene_maps, row in zip(batch_maps, rows)])
-            gradient, reached = click_gradients(sam, embeddings,
-                                                torch.from_numpy(targets).to(DEVICE), rng)
-            ious.append(reached.mean().item())
-            torch.autograd.backward([AUXILIARY * loss, embeddings], [None, gradient])
-        else:
-            loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            clicked = f"  IoU at the last prompt {np.mean(ious[-50:]):.3f}" if ious else ""
-            print(f"step {step}/{steps}  auxiliary loss {loss.item():.3f}{clicked}  "
-                  f"{(time.time() - started) / step:.2f} s a step", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    script.run(main, globals())
