@@ -39,7 +39,7 @@ seeds: .venv/installed  ## AlignSAM and the rows beside it on every demo task, t
 bench: .venv/installed  ## how fast the parts are beside what they replace: make bench SAM=mobile_sam DEVICE=cuda
 	$(RUN) -m common.results.bench SAM=$(SAM) DEVICE=$(DEVICE)
 
-faults: .venv/installed  ## kill stages, fill disks and damage files at random: ten minutes
+faults: .venv/installed  ## kill stages, fill disks and damage files at random: a few minutes
 	$(RUN) -m tests.faults.campaign KILLS=200 INPUTS=1000
 
 standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: about four hours on a CPU

@@ -50,6 +50,68 @@ def ppo_update(actor, critic, optimizer, states, actions, log_probs, targets, ad
                             advantages[None], epochs, 0.2)
 
 
+def test_an_update_follows_equations_8_to_10_for_several_rounds_and_images():
+    """Losses and step of T = 2 rounds of B = 3 images, against the equations written out."""
+    torch.manual_seed(0)
+    rounds, images, epsilon = 2, 3, 0.2
+    actor, critic = Actor(4), Critic(4, 2.0)
+    torch.nn.init.normal_(actor.head.weight, std=0.02)
+    states = torch.randn(rounds, images, 4, 3, 3)
+    allowed = torch.rand(rounds, images, 9) < 0.7
+    actions = torch.multinomial(allowed.flatten(0, 1).float(), 1).view(rounds, images)
+    advantages, targets = torch.randn(rounds, images), torch.randn(rounds, images)
+    old = policy(actor(states.flatten(0, 1)), allowed.flatten(0, 1)).log_prob(actions.flatten())
+    old = old.detach().view(rounds, images) + 0.3 * torch.randn(rounds, images)
+
+    policy_losses, value_losses, divergences = [], [], []
+    for t in range(rounds):
+        for image in range(images):
+            logits = actor(states[t, image][None])[0]
+            kept = logits[allowed[t, image]].exp().sum()
+            log_prob = (logits[actions[t, image]].exp() / kept).log()
+            ratio = (log_prob - old[t, image]).exp()
+            limited = max(1 - epsilon, min(1 + epsilon, ratio.item()))
+            advantage = advantages[t, image]
+            free = ratio * advantage
+            policy_losses.append(-(free if free <= limited * advantage else limited * advantage))
+            value_losses.append((critic(states[t, image][None])[0] - targets[t, image]) ** 2)
+            divergences.append((ratio - 1 - ratio.log()).item())
+    policy_loss, value_loss = sum(policy_losses) / 6, sum(value_losses) / 6
+    parameters = [*actor.parameters(), *critic.parameters()]
+    gradients = torch.autograd.grad(policy_loss + value_loss, parameters)
+    expected = [weight.detach() - 0.1 * gradient
+                for weight, gradient in zip(parameters, gradients)]
+
+    rollout = Rollout(None, allowed, actions, old, None, None, None)
+    log = agent.ppo_update(actor, critic, torch.optim.SGD(parameters, 0.1), states.flatten(0, 1),
+                           rollout, targets, advantages, 1, epsilon)
+    assert log["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-5)
+    assert log["value_loss"] == pytest.approx(value_loss.item(), abs=1e-5)
+    assert log["kl"] == pytest.approx(sum(divergences) / 6, abs=1e-5)
+    for weight, wanted in zip(parameters, expected):
+        torch.testing.assert_close(weight.detach(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_an_update_with_a_loss_that_is_not_finite_leaves_the_weights_alone():
+    torch.manual_seed(0)
+    states, _, actions = toy()
+    actor, critic = Actor(4), Critic(4, 1.0)
+    weights = [weight.clone() for weight in actor.parameters()]
+    optimizer = torch.optim.SGD([*actor.parameters(), *critic.parameters()], 0.1)
+    numbers = torch.full((len(states),), math.nan)
+    log = ppo_update(actor, critic, optimizer, states, actions, numbers, numbers, numbers, 2)
+    assert math.isnan(log["policy_loss"])
+    assert all(torch.equal(old, new) for old, new in zip(weights, actor.parameters()))
+
+
+def test_the_log_of_a_roll_out_counts_rewards_and_labels():
+    rewards = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
+    labels = torch.tensor([[1, 1], [0, 1], [0, 0]])
+    summary = Rollout(None, None, None, None, None, labels, rewards).summary()
+    assert summary == {"return": pytest.approx((1 - 1) / 2), "foreground_rate": 3 / 6,
+                       "label_accuracy": pytest.approx(4 / 6)}
+
+
 def toy(count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States on a 3 x 3 grid whose first channel marks a patch, that patch, and a random action."""
     generator = torch.Generator().manual_seed(0)

@@ -816,6 +816,15 @@ def test_samples_are_read_in_the_order_asked_for(complete):
         )
 
 
+def test_more_rounds_than_one_training_sample_has_patches_are_refused(complete):
+    opened, device = Cache.open(complete, "sbu"), torch.device("cpu")
+    centres = opened.truth_centres(opened.samples("train"))
+    fewest = min(int((of_sample != 255).sum()) for of_sample in centres)
+    opened.training_set(0, fewest, device)
+    with pytest.raises(UserError, match=f"ROUNDS={fewest + 1} is more than the {fewest} patches"):
+        opened.training_set(0, fewest + 1, device)
+
+
 def test_targets_are_the_samples_own_text_or_any_text_that_its_image_holds(complete):
     shots = Cache.open(complete, "sbu").training_set(0, 1, torch.device("cpu"))
     rows, generator = torch.tensor([0] * 40), torch.Generator().manual_seed(0)

@@ -65,6 +65,18 @@ def test_points_follow_the_start_with_the_srms_labels_where_there_is_truth(
     assert torch.equal(labels[:, 2:], (points[:, 2:, 0] > 400).long())
 
 
+def test_states_have_none_up_to_t_points_after_the_start(stage, monkeypatch):
+    monkeypatch.setattr(stage, "ROUNDS", 3)
+    counts = set()
+    for seed in range(40):
+        episode = Episode(Recorder(), torch.ones(2, 4, 10, 10), torch.ones(2, 10, 10),
+                          patch_centres(800, 80))
+        stage.reach_state("true start", episode, below, LABEL_MAPS,
+                          torch.Generator().manual_seed(seed))
+        counts.add(episode.points.shape[1] - 2)
+    assert counts == {0, 1, 2, 3}
+
+
 def test_kinds_of_states_are_drawn_by_their_shares(stage):
     generator = torch.Generator().manual_seed(0)
     drawn = Counter(stage.draw_kind(generator) for _ in range(5000))

@@ -1,6 +1,7 @@
 """The wires between the functions: what each stage hands to which, held where it is handed over."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,10 @@ from common.agent import Actor, Critic, Learner, policy, pool_state
 from common.baselines import Baselines
 from common.cache import Cache, TrainingSet, Truth
 from common.episode import Episode, patch_centres
-from common.metrics import Score, count_pixels, pool, summarise
+from common.metrics import Score, count_pixels, grid_iou, pool, summarise
 from common.results.outputs import Report
+from common.runtime.errors import UserError
+from common.srm import build_srm
 from tests.conftest import load_script
 
 ROUNDS, IMAGES = 4, 300
@@ -51,9 +54,10 @@ def rolled_out(monkeypatch):
     torch.manual_seed(0)
     truth = torch.randint(2, (IMAGES, 100)).to(torch.uint8)
     truth[:, 50:] = 255
-    label_map = np.zeros((20, 20), np.uint8)
-    label_map[:10] = 1
-    shots = SimpleNamespace(truth_centres=truth, label_maps=[label_map] * IMAGES)
+    upper = np.zeros((20, 20), np.uint8)
+    upper[:10] = 1
+    label_maps = [upper, upper, 1 - upper] * (IMAGES // 3)
+    shots = SimpleNamespace(truth_centres=truth, label_maps=label_maps)
     actor, critic = Actor(4), Critic(4, 1.0)
     torch.nn.init.normal_(actor.head.weight)
     embeddings = 0.5 + torch.rand(IMAGES, 4, 10, 10)
@@ -68,8 +72,8 @@ def rolled_out(monkeypatch):
 
 def test_the_start_points_are_one_of_foreground_and_one_of_background(rolled_out):
     assert rolled_out.episode.labels[:, :2].tolist() == [[1, 0]] * IMAGES
-    rows = rolled_out.episode.points[:, :2, 1]
-    assert (rows[:, 0] < 400).all() and (rows[:, 1] > 400).all()
+    above = rolled_out.episode.points[:, :2, 1] < 400
+    assert above.tolist() == [[True, False], [True, False], [False, True]] * (IMAGES // 3)
 
 
 def test_labels_are_the_srms_on_the_mask_before_the_point(rolled_out):
@@ -208,10 +212,13 @@ def test_targets_bootstrap_from_the_last_state_and_advantages_subtract_its_value
     assert (rollout.actions % 2 == 1).all()  # the even patches are ignored
 
 
+@pytest.mark.parametrize("branch, srm_steps", [("explicit", 5), ("implicit", 1)])
 def test_stage_3_goes_on_with_the_srm_of_stage_2_and_trains_as_its_constants_say(
-        in_workplace, monkeypatch, tmp_path):
+        in_workplace, monkeypatch, tmp_path, branch, srm_steps):
     of_stage_2 = torch.load(tmp_path / "srm.pt", weights_only=True)
-    of_stage_2["settings"] |= {"shots": 3, "every_text": True, "residual": 0.25}
+    of_stage_2["settings"] |= {"shots": 3, "every_text": True, "residual": 0.25, "branch": branch}
+    if branch == "implicit":
+        of_stage_2["srm"] = build_srm(branch, 64).state_dict()
     torch.save(of_stage_2, tmp_path / "srm.pt")
     stage = in_workplace("03_train_agent.py", SHOTS=3, SEED=7, EPOCHS=6, CLIP_RANGE=0.3, GAMMA=0.75,
                          LEARNING_RATE=3e-5)
@@ -240,11 +247,85 @@ def test_stage_3_goes_on_with_the_srm_of_stage_2_and_trains_as_its_constants_say
     for optimizer, networks in ((learner.ppo, (learner.actor, learner.critic)),
                                 (learner.srm_optimizer, (learner.srm,))):
         [group] = optimizer.param_groups
+        assert type(optimizer) is torch.optim.Adam
         assert group["lr"] == 3e-5 and set(group["params"]) == {
             weight for network in networks for weight in network.parameters()}
     drawn = stage.open_run(vars(stage)).cache.drawn(3)
     assert np.array_equal(seen.shots.samples, drawn) and len(seen.episode.embeddings) == 3
     assert seen.episode.residual == 0.25 and seen.made_with["every_text"] is True
+    assert seen.made_with["srm_steps"] == srm_steps
+    assert torch.equal(seen.episode.maps, seen.shots.maps)
+    assert not torch.equal(seen.shots.maps, seen.shots.truth)
+
+
+def test_the_logged_iou_of_the_training_samples_is_of_their_last_masks(in_workplace, monkeypatch):
+    stage, seen = in_workplace("03_train_agent.py", EPISODES=1, EPOCHS=1), SimpleNamespace()
+    roll_out, save = stage.roll_out, stage.checkpoint.save_training
+
+    def recording(learner, episode, shots, *more):
+        seen.episode, seen.shots = episode, shots
+        return roll_out(learner, episode, shots, *more)
+
+    def saving(path, made_with, log, *more, **parts):
+        seen.log = log
+        save(path, made_with, log, *more, **parts)
+
+    monkeypatch.setattr(stage, "roll_out", recording)
+    monkeypatch.setattr(stage.checkpoint, "save_training", saving)
+    stage.main()
+    [row] = seen.log
+    expected = grid_iou(seen.episode.mask, seen.shots.truth)
+    assert row["training_iou"] == expected
+    assert expected != grid_iou(seen.shots.maps, seen.shots.truth)
+
+
+def test_stage_3_saves_no_weights_of_an_episode_whose_loss_is_not_finite(
+        in_workplace, monkeypatch, tmp_path):
+    stage = in_workplace("03_train_agent.py", EPISODES=1, EPOCHS=1)
+    update = stage.ppo_update
+    monkeypatch.setattr(stage, "ppo_update",
+                        lambda *given, **more: update(*given, **more) | {"value_loss": math.inf})
+    with pytest.raises(UserError, match="^value loss is inf in episode 1: lower LEARNING_RATE and "
+                                        "delete what this stage has saved"):
+        stage.main()
+    assert not (tmp_path / "agent.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["steps", "states", "join_kernel"])
+def test_an_srm_of_an_earlier_format_is_named(in_workplace, tmp_path, name):
+    content = torch.load(tmp_path / "srm.pt", weights_only=True)
+    del content["settings"][name]
+    torch.save(content, tmp_path / "srm.pt")
+    with pytest.raises(UserError, match="srm.pt is damaged or was not written by .*02_train_srm"):
+        in_workplace("03_train_agent.py").main()
+
+
+def test_networks_of_another_number_of_heads_or_logit_scale_are_not_taken_for_these(
+        in_workplace, workplace, monkeypatch, tmp_path):
+    stage_3, stage_4 = in_workplace("03_train_agent.py"), in_workplace("04_evaluate.py")
+    (tmp_path / "agent.pt").write_bytes((workplace / "runs/folder/agent.pt").read_bytes())
+    content = torch.load(tmp_path / "agent.pt", weights_only=True)
+    assert content["settings"].pop("heads") == 4
+    torch.save(content, tmp_path / "agent.pt")  # as from before it was recorded: it was 4
+    assert stage_4.open_run(vars(stage_4)).load_agent(vars(stage_4))
+    monkeypatch.setattr("common.runtime.run.LOGIT_SCALE", 7)
+    with pytest.raises(UserError, match="agent.pt was made with LOGIT_SCALE=10, and now it is 7"):
+        stage_4.main()
+    monkeypatch.setattr("common.runtime.run.HEADS", 8)
+    with pytest.raises(UserError, match="agent.pt was made with HEADS=4, and now it is 8"):
+        stage_4.main()
+    monkeypatch.setattr(stage_3, "HEADS", 8)
+    with pytest.raises(UserError, match="srm.pt was made with HEADS=4, and now it is 8"):
+        stage_3.main()
+
+
+def test_the_scripts_constants_are_the_papers():
+    two, three = load_script("02_train_srm.py"), load_script("03_train_agent.py")
+    assert (three.EPISODES, three.EPOCHS, three.ROUNDS, two.ROUNDS) == (50, 20, 15, 15)
+    assert (three.GAMMA, three.CLIP_RANGE, three.LEARNING_RATE) == (0.99, 0.20, 1e-4)
+    assert three.SRM_STEPS == {"implicit": 1, "explicit": 5}
+    assert load_script("04_evaluate.py").ROUNDS == 15
+    assert load_script("01_cache_features.py").SHOTS == 50
 
 
 @pytest.mark.parametrize("residual", [0.0, 0.5])
@@ -258,7 +339,8 @@ def test_stage_2_learns_in_f_times_map_and_f_times_mask(
 
     def asking(shots, rows, every_text, generator):
         seen.every_text = every_text
-        return maps_and_truth(shots, rows, every_text, generator)
+        seen.maps, seen.truth = maps_and_truth(shots, rows, every_text, generator)
+        return seen.maps, seen.truth
 
     def recording(kind, episode, *more):
         seen.seed = more[-1].initial_seed()
@@ -266,7 +348,8 @@ def test_stage_2_learns_in_f_times_map_and_f_times_mask(
         seen.episode = episode
 
     def step(srm, optimizer, s_c, s_t, y, generator):
-        seen.s_c, seen.s_t, seen.rate = s_c, s_t, optimizer.param_groups[0]["lr"]
+        seen.s_c, seen.s_t, seen.y = s_c, s_t, y
+        seen.rate = optimizer.param_groups[0]["lr"]
         raise Stop
 
     monkeypatch.setattr(TrainingSet, "maps_and_truth", asking)
@@ -276,7 +359,8 @@ def test_stage_2_learns_in_f_times_map_and_f_times_mask(
         stage.main()
     episode = seen.episode
     assert episode.mask.min() < 0.5 and not torch.equal(episode.mask, episode.maps)
-    assert torch.equal(seen.s_c, episode.embeddings * episode.maps[:, None])
+    assert torch.equal(seen.s_c, episode.embeddings * seen.maps[:, None])
+    assert torch.equal(seen.y, seen.truth) and not torch.equal(seen.y, seen.maps)
     kept = residual + (1 - residual) * episode.mask[:, None]
     assert torch.allclose(seen.s_t, episode.embeddings * kept)
     assert seen.rate == 0.02 and seen.seed == 1 and bool(seen.every_text) == every_text
@@ -287,6 +371,17 @@ def test_stage_2_learns_in_f_times_map_and_f_times_mask(
         label_map = shots.label_maps[own.index(True)]
         columns, rows = (points[:2] / 800 * torch.tensor(label_map.shape[::-1])).long().T
         assert label_map[rows, columns].tolist() == [1, 0]
+
+
+def test_stage_2_meets_every_kind_of_state(in_workplace, monkeypatch, tmp_path):
+    stage, kinds = in_workplace("02_train_srm.py", tmp_path / "new", STEPS=60), []
+    monkeypatch.setattr(stage, "reach_state", lambda kind, *more: kinds.append(kind))
+    monkeypatch.setattr(stage, "print_held_out_accuracy", lambda *arguments: None)
+    stage.main()
+    assert len(kinds) == 60 and set(kinds) == set(stage.STATES)
+    monkeypatch.setattr(stage, "STATES", {"no mask": 0.2, "test-time-start": 0.8})
+    with pytest.raises(UserError, match="STATES=.* names another kind of state: keep the names"):
+        stage.main()
 
 
 def test_the_reported_miou_is_that_of_the_last_mask(workplace):

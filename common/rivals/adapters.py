@@ -71,7 +71,8 @@ def add_to_decoder(decoder: nn.Module) -> None:
     """Three adapters in each block of the mask decoder.
 
     They stand after the tokens' attention to the image, beside the MLP, and after the image's
-    attention to the tokens.
+    attention to the tokens, as in the paper. Its adapters also read the prompt; here there is none.
+    The authors' code has no adapters in the decoder.
     """
     for block in decoder.transformer.layers:
         to_image, to_tokens = block.cross_attn_token_to_image, block.cross_attn_image_to_token
@@ -82,7 +83,7 @@ def add_to_decoder(decoder: nn.Module) -> None:
 def add_adapters(sam: Sam) -> None:
     """Makes a frozen SAM an MSA: what is to be trained requires gradients from now on.
 
-    These are the adapters and, as in the authors' code, the mask decoder's own weights.
+    These are the adapters (the paper's) and the mask decoder's own weights (the authors' code's).
     """
     add_to_encoder(sam.image_encoder)
     add_to_decoder(sam.mask_decoder)
