@@ -29,10 +29,10 @@ def load(path, **further):
 
 
 def test_what_was_saved_comes_back(path):
-    saved = content()
+    saved = content(settings=SETTINGS | {"heads": 8})
     checkpoint.save(path, saved)
     loaded = load(path)
-    assert loaded["settings"] == SETTINGS
+    assert loaded["settings"] == SETTINGS | {"heads": 8}
     assert torch.equal(loaded["srm"]["weight"], saved["srm"]["weight"])
 
 
