@@ -268,7 +268,8 @@ def test_images_and_masks_are_not_given_together():
 def test_a_stopped_call_scores_only_the_rows_again_whose_masks_have_changed(tmp_path):
     cache, samples = small()
     settings = {"task": "duts", "branch": "implicit", "seed": 0, "shots": 0, "rounds": 15,
-                "every_text": False, "residual": 0.0, "features": "", "evaluation_rounds": 15}
+                "every_text": False, "residual": 0.0, "features": "", "heads": 4,
+                "evaluation_rounds": 15}
     for row in ("one", "two"):
         for number in range(2):
             save(tmp_path / row / f"{number}.png", half())
