@@ -543,6 +543,15 @@ def test_a_table_is_of_one_recipe(scripts, monkeypatch, change, said, stale):
         tables.main()
 
 
+def test_only_the_results_are_stale_where_an_experiment_trained_no_agent(scripts, monkeypatch):
+    monkeypatch.setattr(tables, "EXPERIMENTS", ("iterations",))
+    tables.main()
+    edit(Path("runs/demo_saliency-seed0/T20.json"),
+         lambda content: content["trained"].update(episodes=5))
+    with pytest.raises(UserError, match="EPISODES=5, and now it is 50: move [^ ]*/T20.json away"):
+        tables.main()
+
+
 def test_20_rounds_that_are_fewer_are_not_taken_for_them(scripts, monkeypatch):
     monkeypatch.setattr(tables, "EXPERIMENTS", ("iterations",))
     tables.main()

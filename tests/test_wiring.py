@@ -14,6 +14,7 @@ from common.cache import Cache, TrainingSet, Truth
 from common.episode import Episode, patch_centres
 from common.metrics import Score, count_pixels, grid_iou, pool, summarise
 from common.results.outputs import Report
+from common.runtime import checkpoint
 from common.runtime.errors import UserError
 from common.srm import build_srm
 from tests.conftest import load_script
@@ -374,11 +375,13 @@ def test_stage_2_learns_in_f_times_map_and_f_times_mask(
 
 
 def test_stage_2_meets_every_kind_of_state(in_workplace, monkeypatch, tmp_path):
-    stage, kinds = in_workplace("02_train_srm.py", tmp_path / "new", STEPS=60), []
+    stage, kinds = in_workplace("02_train_srm.py", tmp_path / "new", STEPS=65), []
     monkeypatch.setattr(stage, "reach_state", lambda kind, *more: kinds.append(kind))
     monkeypatch.setattr(stage, "print_held_out_accuracy", lambda *arguments: None)
     stage.main()
-    assert len(kinds) == 60 and set(kinds) == set(stage.STATES)
+    assert len(kinds) == 65 and set(kinds) == set(stage.STATES)
+    logged = checkpoint.read_log(tmp_path / "new/srm_log.csv")
+    assert [row["step"] for row in logged] == [10, 20, 30, 40, 50, 60, 65]  # and the last one
     monkeypatch.setattr(stage, "STATES", {"no mask": 0.2, "test-time-start": 0.8})
     with pytest.raises(UserError, match="STATES=.* names another kind of state: keep the names"):
         stage.main()
