@@ -527,6 +527,17 @@ def test_a_step_goes_along_the_mean_gradient_at_the_rate_of_that_step(train_in, 
     assert [row["loss"] for row in state_of(folder)["log"]] == [2, 4]
 
 
+def test_a_row_of_the_log_is_the_mean_since_the_row_before_and_the_last_step_has_one(
+        train_in, monkeypatch):
+    losses = iter([1.0, 3.0, 8.0])
+    monkeypatch.setattr(peft, "gradients_of", lambda model, shown: (
+        next(losses), [torch.zeros_like(weight) for weight in model.trained().values()]))
+    monkeypatch.setattr(peft, "side_by_side", lambda compute, parts, _: list(map(compute, parts)))
+    folder = train_in("rows", STEPS=3, BATCH_SIZE=1, LOG_EVERY=2, SAVE_EVERY=3)
+    rows = [(row["step"], row["loss"]) for row in state_of(folder)["log"]]
+    assert rows == [(2, 2.0), (3, 8.0)]
+
+
 @pytest.mark.parametrize("augment", [True, False])
 def test_views_are_shown_unless_augment_is_off(augment, train_in, monkeypatch):
     gradients_of, views = peft.gradients_of, []

@@ -147,8 +147,9 @@ def train(model: FineTuned, run: Run, paths: dict[int, Path], rows: list[int],
 
         losses.append(total)
         if step % LOG_EVERY == 0 or step == STEPS:
-            log.append({"step": step, "loss": np.mean(losses[-LOG_EVERY:]).item(),
+            log.append({"step": step, "loss": np.mean(losses).item(),
                         "learning_rate": learning_rate(step)})
+            losses.clear()
         if step % SAVE_EVERY == 0 or step == STEPS:
             seconds = time.monotonic() - started
             checkpoint.save_training(
