@@ -28,7 +28,7 @@ from common.frozen.sam_weights import (
     sam_fingerprint,
 )
 from common.label_maps import check_samples, with_skip
-from common.prepare import Decoded, decode_ahead, mask_summary, open_task
+from common.prepare import Decoded, decode_ahead, mask_summary, open_task, require_pictures
 from common.results.data_sheet import draw_data, foreground_line
 from common.runtime import checkpoint, distributed, files, script, settings
 from common.runtime.batches import in_batches
@@ -124,6 +124,7 @@ def main() -> None:
         files.lock(path.parent)
         writer = CacheWriter.open_or_create(path, layout, made_with, there)
     writer.require_masks([sample.crc for sample in checked])
+    require_pictures(writer, images, WORKERS)
 
     # F and M_c of the images that are missing, a share for each of torchrun's processes
     def compute(batch: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:

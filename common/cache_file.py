@@ -487,6 +487,12 @@ class CacheWriter:
         flags = os.pread(self.fd, len(self.names), self.offsets["done"][0])
         return [row for row, flag in enumerate(flags) if flag != 1]
 
+    def picture(self, row: int) -> np.ndarray:
+        """The small copy of an image that is done, uint8 (256, 256, 3)."""
+        shape, dtype = self.rows["pictures"]
+        data = os.pread(self.fd, math.prod(shape) * dtype.itemsize, self.offsets["pictures"][row])
+        return np.frombuffer(data, dtype).reshape(shape)
+
     def require_masks(self, sums: Sequence[int]) -> None:
         """Raises UserError naming the images that are done and have other masks now.
 

@@ -11,13 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common.cache_file import PICTURE
+from common.cache_file import MEND, PICTURE, CacheWriter
 from common.images import Sample, load_image
 from common.label_maps import Checked, load_label_map
 from common.runtime import distributed
-from common.runtime.errors import UserError
+from common.runtime.errors import UserError, some
 from common.runtime.files import expanded
 from common.tasks import Task, get_task, with_foreground, with_prompt
+
+LIKE = 4  # grey levels, mean difference of two pictures from which they are different ones
 
 
 def open_task(constants: dict[str, object]) -> tuple[Task, Path]:
@@ -62,6 +64,34 @@ def read_sample(sample: Sample, task: Task) -> tuple[np.ndarray, np.ndarray]:
     return image, load_label_map(sample, task, image.shape[:2])
 
 
+def small_picture(image: np.ndarray) -> np.ndarray:
+    """The copy of an image uint8 (H, W, 3) that a cache keeps, uint8 (256, 256, 3)."""
+    return np.asarray(Image.fromarray(image).resize((PICTURE, PICTURE), Image.Resampling.BILINEAR))
+
+
+def looks_like(image: np.ndarray, kept: np.ndarray) -> bool:
+    """Whether an image uint8 (H, W, 3) is that of which a cache keeps this copy.
+
+    Another version of a decoder may change a pixel by a level or two, so they need not be equal.
+    """
+    return np.abs(small_picture(image).astype(int) - kept).mean() <= LIKE
+
+
+def require_pictures(writer: CacheWriter, images: Sequence[Sample], workers: int) -> None:
+    """Raises UserError naming the images that are done and look otherwise now.
+
+    images: of all rows of the cache. workers: threads that read them.
+    """
+    rows = distributed.share(sorted({*range(len(images))} - {*writer.missing()}))
+    with ThreadPoolExecutor(workers) as pool:
+        alike = pool.map(lambda row: looks_like(load_image(images[row].image),
+                                                writer.picture(row)), rows)
+        changed = [(row, images[row].place) for row, same in zip(rows, alike) if not same]
+    if changed := distributed.gather(changed):
+        raise UserError(f"the images {some([place for _, place in changed])} are others now than "
+                        f"those in {writer.path}: put them back, {MEND}")
+
+
 class Decoded(NamedTuple):
     """One image, ready for the models and the cache."""
 
@@ -81,8 +111,7 @@ def decode_ahead(rows: Sequence[int], images: Sequence[Sample], task: Task, see:
     """
     def decode(row: int) -> Decoded:
         image, label_map = read_sample(images[row], task)
-        picture = Image.fromarray(image).resize((PICTURE, PICTURE), Image.BILINEAR)
-        return Decoded(row, see(image), label_map, np.asarray(picture))
+        return Decoded(row, see(image), label_map, small_picture(image))
 
     with ThreadPoolExecutor(workers) as pool:
         waiting = ((row, pool.submit(decode, row)) for row in rows)

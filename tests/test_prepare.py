@@ -114,6 +114,23 @@ def test_masks_that_are_edited_after_they_were_cached_are_named(stage_1, tmp_pat
     assert stage_1() == 1
 
 
+def test_images_that_are_edited_after_they_were_cached_are_named(stage_1, tmp_path):
+    stage_1("SKIP=test/5")
+    images, kept = [one_of(tmp_path / "data/test/images", stem) for stem in "34"], {}
+    for image in images:
+        kept[image] = image.read_bytes()
+        save(image, 255 - np.asarray(Image.open(image)))
+    for left_out in ("SKIP=test/5", "SKIP="):  # also where the file is laid out anew
+        with pytest.raises(UserError, match="images test/3, test/4 are others now than those in r"):
+            stage_1(left_out)
+    for image, content in kept.items():
+        image.write_bytes(content)
+    darker = np.asarray(Image.open(images[0])) // 2 * 2  # as another decoder might read it
+    save(images[0].with_suffix(".png"), darker)
+    images[0].unlink()
+    assert stage_1() == 1
+
+
 def test_data_png_is_drawn_too_where_nothing_was_missing_but_by_one_process(stage_1, monkeypatch):
     stage_1()
     first = SHEET.read_bytes()

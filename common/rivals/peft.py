@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.cache_file import PICTURE
 from common.datasets import list_samples
 from common.frozen.sam import squash
 from common.frozen.sam_weights import load_cached_sam
 from common.images import image_size, load_image
-from common.prepare import open_task
+from common.prepare import looks_like, open_task
 from common.results.given_masks import LISTED
 from common.results.own_images import name_files
 from common.results.pictures import save_picture
@@ -61,7 +60,6 @@ SAVE_EVERY = 50  # steps that a kill may cost
 LOG_EVERY = 10  # steps between rows of the log, each the mean of these
 
 _POWER = 0.9  # of the rate's decay
-_LIKE = 4  # grey levels, mean difference between a picture and the cache's small copy of it
 _SETTINGS = {"task": str, "method": str, "features": str}
 
 
@@ -102,8 +100,7 @@ def find_pictures(run: Run, rows: list[int]) -> dict[int, Path]:
 def read_picture(path: Path, run: Run, row: int, side: int) -> np.ndarray:
     """The picture as SAM sees it, uint8 (side, side, 3). Raises UserError if it is another one."""
     image = load_image(path)
-    small = Image.fromarray(image).resize((PICTURE, PICTURE), Image.Resampling.BILINEAR)
-    if np.abs(np.asarray(small, int) - run.cache.picture((row, 0))).mean() > _LIKE:
+    if not looks_like(image, run.cache.picture((row, 0))):
         raise UserError(f"{path} is not the picture that {run.cache.path} was made from: set "
                         "DATA_DIR to the data set that stage 1 read, or run stage 1 again into "
                         "another RUN_DIR")
