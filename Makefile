@@ -1,6 +1,7 @@
 PYTHON ?= python3
 TASK ?= demo_saliency
 STAGE1 ?=
+STAGE2 ?=
 PROMPT ?=
 MASKS ?=
 DATA_DIR ?=
@@ -17,15 +18,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # NAME=text as one word for the shell, whatever it holds; nothing where it is empty
 quoted = $(if $($1),'$1=$(subst ','\'',$($1))')
 
-demo: .venv/installed  ## install, run all four stages on the embedded default, print its table
+demo: .venv/installed  ## install, run all four stages on demo_saliency, print its table
 	$(RUN) 01_cache_features.py
 	$(RUN) 02_train_srm.py
 	$(RUN) 03_train_agent.py
 	$(RUN) 04_evaluate.py
 
-row: .venv/installed  ## the four stages for one task: make row TASK=duts STAGE1="SAM=vit_h CLIP=ViT-B-16-quickgelu/openai" [PROMPT="a text"]
-	$(RUN) 01_cache_features.py TASK=$(TASK) DEVICE=$(DEVICE) $(call quoted,PROMPT) $(STAGE1)
-	$(RUN) 02_train_srm.py TASK=$(TASK) DEVICE=$(DEVICE)
+row: .venv/installed  ## the four stages for one task: make row TASK=duts STAGE1="SAM=vit_h CLIP=ViT-B-16-quickgelu/openai" [STAGE2=BRANCH=implicit PROMPT="a text" DATA_DIR=folder]
+	$(RUN) 01_cache_features.py TASK=$(TASK) DEVICE=$(DEVICE) $(call quoted,PROMPT) $(call quoted,DATA_DIR) $(STAGE1)
+	$(RUN) 02_train_srm.py TASK=$(TASK) DEVICE=$(DEVICE) $(STAGE2)
 	$(RUN) 03_train_agent.py TASK=$(TASK) DEVICE=$(DEVICE)
 	$(RUN) 04_evaluate.py TASK=$(TASK) DEVICE=$(DEVICE)
 

@@ -265,7 +265,8 @@ def open_file(path: Path, maker: str = "01_cache_features.py") -> h5py.File:
     process has it open for writing, or where its parts do not fit each other.
     """
     try:
-        with reading(path, f"run {maker} first"), unmarked(path) as left_open:
+        missing = f"run {maker} first, or set FEATURES to a cache that is there"
+        with reading(path, missing), unmarked(path) as left_open:
             file = _opened(path)
             _check_schema(path, file)
             _check_values(file)

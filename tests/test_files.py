@@ -126,6 +126,7 @@ def test_a_stage_refuses_before_it_works(workplace, tmp_path, script, makes, the
 def test_stage_4_without_pictures_does_not_ask_for_their_places(workplace, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(workplace / "runs/folder", folder)
+    (folder / "results.json").unlink()
     for name in ("strips.png", "comparison.png", "report.html"):
         (folder / name).write_bytes(b"theirs")
     done = run(workplace, "04_evaluate.py", f"RUN_DIR={folder}", "PICTURES=0", "GALLERY=0",

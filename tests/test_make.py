@@ -39,6 +39,12 @@ def test_row_without_a_prompt_gives_stage_1_none():
                            "CLIP=ViT-B-16/openai"]
 
 
+def test_row_hands_a_data_set_to_stage_1_and_a_branch_to_stage_2():
+    lines = make("--dry-run", "row", "DATA_DIR=my data", "STAGE2=BRANCH=implicit")
+    for given, script in (("DATA_DIR=my data", "01_cac"), ("BRANCH=implicit", "02_train")):
+        assert [script in line for line in lines if given in shlex.split(line)] == [True]
+
+
 def test_tables_are_handed_masks_and_a_data_set_as_one_word_each():
     given = "U-Net:my masks/{seed},it's:b"
     *_, line = make("--dry-run", "tables", f"MASKS={given}", "DATA_DIR=my data")

@@ -213,6 +213,8 @@ def test_the_foreground_under_the_patches_is_held_against_the_papers(stage_1, ca
     assert said + "\n" in capsys.readouterr().out
     cache = Cache.open(CACHE, "folder")
     assert foreground_line(cache, None) == said
+    monkeypatch.setattr("common.results.data_sheet.MOST", share - 0.01)
+    assert "WARNING: that is most of them; if white should be back" in foreground_line(cache, None)
     near, far = share + 0.09, share + 0.11
     for figure in (near, far):
         monkeypatch.setattr("common.results.data_sheet.paper_row",

@@ -89,6 +89,11 @@ def test_an_argument_that_is_not_name_value_is_refused():
         override(constants(), ["ROUNDS", "3"])
 
 
+def test_a_value_whose_quotes_the_shell_has_taken_is_shown_with_them():
+    with pytest.raises(UserError, match=r"""'bolt' is not .* needs quotes: TASK="rusty bolt"\);"""):
+        override(constants(), ["TASK=rusty", "bolt"])
+
+
 @pytest.mark.parametrize("word", ["help", "--help"])
 def test_help_lists_the_constants_and_exits_with_0(word, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -202,6 +202,32 @@ def test_results_of_another_name_leave_the_first_ones_pictures_as_they_are(workp
     (folder / "T1.json").unlink()
 
 
+def test_rows_of_the_same_agent_that_would_be_lost_are_named(workplace):
+    results = workplace / "runs/folder/results.json"
+    before = results.read_bytes()
+    done = run(workplace, "04_evaluate.py", "ROWS=AlignSAM,w/o RL,PerSAM")
+    assert done.returncode == 1
+    assert "runs/folder/results.json also holds w/o SRM, w/o MSI, which would be lo" in done.stderr
+    assert results.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [
+    lambda there: there["trained"].update(seed=7),  # another agent's
+    lambda there: there.update(given_masks={"w/o RL": {}}),  # scored again in no time
+    lambda there: there.pop("rows")])
+def test_other_results_are_replaced_by_fewer_rows(workplace, change):
+    there = json.loads((workplace / "runs/folder/results.json").read_text())
+    there["rows"] = {row: there["rows"][row] for row in ("AlignSAM", "w/o RL")}
+    change(there)
+    path = workplace / "runs/folder/other.json"
+    path.write_text(json.dumps(there))
+    done = run(workplace, "04_evaluate.py", "ROWS=AlignSAM", "RESULTS=other.json", "PICTURES=0",
+               "GALLERY=0")
+    assert done.returncode == 0, done.stderr
+    assert [*json.loads(path.read_text())["rows"]] == ["AlignSAM"]
+    path.unlink()
+
+
 def test_stages_3_and_4_see_the_state_that_stage_2_chose(workplace):
     folder, same = workplace / "runs/residual", ["RUN_DIR=runs/residual", CACHE]
     for script, more in (("02_train_srm.py", ["RESIDUAL=0.5", "EVERY_TEXT=true"]),

@@ -10,6 +10,7 @@ from common.results.own_images import palette
 from common.results.paper import paper_row
 from common.results.pictures import MASK_COLOUR, PANEL, overlay, save_picture
 
+MOST = 0.60  # a foreground rate above which masks of one's own may be inverted
 FAR = 0.10  # a difference of foreground rates that no like test set has
 SHOWN, COLUMNS, GAP, LINE = 8, 4, 4, 18  # images, images a row, pixels between, pixels of a line
 
@@ -43,7 +44,8 @@ def foreground_line(cache: Cache, paper: str | None) -> str:
     rate = (cache.truth_centres(cache.samples("test")) == 1).float().mean().item()
     line = f"foreground under the patch centres of the test images: {rate:.1%}"
     if paper is None:
-        return line
+        most = ". WARNING: that is most of them; if white should be background, invert the masks"
+        return line + (most if rate > MOST else "")
     expected = paper_row(paper)["w/o RL"]["FR"] / 100
     line += f" (the paper's random patches: {expected:.1%})"
     if abs(rate - expected) > FAR:

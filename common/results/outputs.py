@@ -15,7 +15,7 @@ from common.results.paper import POOLED_NOTE, beside_pooled, paper_row, results_
 from common.results.pictures import save_strips, strip
 from common.results.report import gallery_item, write_report
 from common.runtime import checkpoint, distributed
-from common.runtime.errors import UserError
+from common.runtime.errors import UserError, some
 from common.runtime.files import require_ours, write_text
 from common.tasks import get_task
 
@@ -118,6 +118,24 @@ class Report:
                    "report.html": prompted and drawing.in_gallery}
         pictures = (self.path(kind) for kind, is_written in written.items() if is_written)
         require_ours(self.folder / self.name, *pictures)
+        if left_out := self.rows_left_out():
+            raise UserError(f"{self.folder / self.name} also holds {some(left_out)}, which would "
+                            "be lost: add them to ROWS, give RESULTS=another.json, or delete the "
+                            "file")
+
+    def rows_left_out(self) -> list[str]:
+        """The rows that the results file has of this agent, and that this call does not compute.
+
+        Rows of given masks are not among them: they are scored again in no time.
+        """
+        try:
+            there = json.loads((self.folder / self.name).read_text(encoding="utf-8"))
+            if there["trained"] != json.loads(json.dumps(self.trained["settings"])):
+                return []
+            held = there["rows"].keys() - there.get("given_masks", {}).keys()
+            return [row for row in there["rows"] if row in held - {*self.rows}]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return []  # there are no results yet, or none that can be read
 
     def take_over_finished_rows(self, command: str) -> list[str]:
         """Takes over the rows that a stopped call has finished, if its settings were the same.

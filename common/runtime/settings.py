@@ -45,10 +45,12 @@ def override(constants: dict[str, object], argv: list[str]) -> None:
     listed = "the constants are " + ", ".join(f"{name}={_show(value)}"
                                               for name, value in settable.items())
     given = {}
-    for argument in argv:
+    for before, argument in zip(["", *argv], argv):
         name, equals, text = argument.partition("=")
         if not equals:
-            raise UserError(f"{argument!r} is not of the form NAME=value; {listed}")
+            quoted = before.replace("=", '="') + f' {argument}"'
+            hint = f" (a value with spaces needs quotes: {quoted})" if before else ""
+            raise UserError(f"{argument!r} is not of the form NAME=value{hint}; {listed}")
         if name not in settable:
             likely = name.strip("-").replace("-", "_").upper()
             near = difflib.get_close_matches(likely, settable, 1)
