@@ -1,4 +1,4 @@
-"""Stage 4: evaluates prompting on the test set: AlignSAM, its ablations, other ways to prompt.
+"""Stage 4: masks and scores of AlignSAM and of what it is compared with; masks of your images.
 
     python 04_evaluate.py [NAME=value ...]           NAME is any constant below; `help` lists them
     python 04_evaluate.py IMAGES=some_folder         masks for images of your own, without a truth
@@ -29,7 +29,7 @@ from common.results import given_masks, own_images
 from common.results.outputs import Drawing, Report, check_results_name
 from common.runtime import distributed, files, script, settings
 from common.runtime.batches import in_batches
-from common.runtime.progress import progress
+from common.runtime.progress import Bar
 from common.runtime.run import Trained, open_run
 
 # what is evaluated
@@ -114,26 +114,27 @@ def segment(row: str, numbers: list[int], test_set: np.ndarray, cache: Cache, tr
     episode = trained.new_episode(cache.embeddings(samples), cache.maps(samples))
     if _ROWS[row][2] != "none":
         return truth, *prompt(row, episode, trained.actor, trained.srm, numbers, truth), episode
-    count = ROUNDS // 2 + 1  # points of each label: about as many as AlignSAM has in all
-    logits = baselines.segment(row, episode, samples, trained.srm, count)
+    logits = baselines.segment(row, episode, samples, trained.srm, ROUNDS // 2 + 1)
     return truth, [logits], torch.empty(len(samples), 0, dtype=torch.long), episode
 
 
 def evaluate(row: str, segment_batch: Callable, numbers: Sequence[int],
              drawing: Drawing) -> list[Score]:
     """One row's scores and pictures; segment_batch: `segment` of a row and numbers."""
-    scores, bar = [], progress(numbers, row, len(numbers))
-    batches = in_batches(bar, BATCH_SIZE, partial(segment_batch, row), mend="set DEVICE=cpu")
-    for batch, (truth, logits, actions, episode) in batches:
-        hits = (truth.at_centres.gather(1, actions) == 1).sum(1).tolist()
-        points, labels = episode.points.cpu().numpy(), episode.labels.cpu().numpy()
-        for index, label_map in enumerate(truth.label_maps):
-            masks = torch.stack([full_masks(after[index], label_map.shape) for after in logits])
-            masks = masks.cpu().numpy()  # (1 + T, H, W): the device is waited for once
-            score = Score.of(batch[index], masks, label_map, actions.shape[1], hits[index])
-            pictures = drawing.draw(row, score, masks, label_map, points[index], labels[index])
-            scores.append(score._replace(pictures=pictures))
-        del logits, episode  # or they stay while the next batch is computed
+    scores = []
+    batches = in_batches(numbers, BATCH_SIZE, partial(segment_batch, row), mend="set DEVICE=cpu")
+    with Bar(row, len(numbers)) as bar:
+        for batch, (truth, logits, actions, episode) in batches:
+            hits = (truth.at_centres.gather(1, actions) == 1).sum(1).tolist()
+            points, labels = episode.points.cpu().numpy(), episode.labels.cpu().numpy()
+            for index, label_map in enumerate(truth.label_maps):
+                masks = torch.stack([full_masks(after[index], label_map.shape) for after in logits])
+                masks = masks.cpu().numpy()  # (1 + T, H, W): the device is waited for once
+                score = Score.of(batch[index], masks, label_map, actions.shape[1], hits[index])
+                pictures = drawing.draw(row, score, masks, label_map, points[index], labels[index])
+                scores.append(score._replace(pictures=pictures))
+            bar.reach(len(scores))
+            del logits, episode  # or they stay while the next batch is computed
     return scores
 
 
@@ -163,14 +164,13 @@ def main() -> None:
     segment_batch = partial(segment, test_set=test_set, cache=run.cache, trained=trained,
                             baselines=baselines)
     drawing = Drawing(run.cache, test_set, PICTURES, GALLERY)
-    rows = [*rows, *masks]
-    report = Report(run.folder, RESULTS, run.cache, trained.content, rows, drawing, made_with | {
-        "batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY}, records)
+    made_with |= {"batch_size": BATCH_SIZE, "pictures": PICTURES, "gallery": GALLERY}
+    report = Report(run.folder, RESULTS, run.cache, trained.content, [*rows, *masks], drawing,
+                    made_with, records)
 
     # the rows that a stopped call has not finished; whole batches are dealt to all processes
-    left = report.take_over_finished_rows(script.command("04_evaluate.py", globals()))
     mine = distributed.share_batches(range(len(test_set)), BATCH_SIZE)
-    for row in left:
+    for row in report.take_over_finished_rows(script.command("04_evaluate.py", globals())):
         score = masks[row].score if row in masks else partial(evaluate, row, segment_batch)
         report.add(row, distributed.gather(score(mine, drawing)))
     report.write(baselines.threshold)

@@ -19,7 +19,7 @@ THRESHOLDS = np.linspace(0.05, 0.95, 19)  # tried for CLIP Surgery's map
 
 
 def srm_alone(episode: Episode, srm: nn.Module) -> Tensor:
-    """(B, h, w), positive where y_r > 0.5 before any mask exists: the SRM without SAM."""
+    """(B, h, w), positive where y_r > 0.5 before any mask exists: without SAM's decoder."""
     return episode.foreground(srm) - 0.5
 
 
@@ -139,7 +139,8 @@ class Baselines(NamedTuple):
                 count: int) -> Tensor:
         """Logits of a batch, (B, 4h, 4w), or (B, h, w) where SAM has no part in it.
 
-        samples: (B, 2). count: points of each label for CLIP Surgery's points.
+        samples: (B, 2). count: points of each label for CLIP Surgery's points; with half of T + 2
+        there are as many in all as AlignSAM has.
         """
         if row == "PerSAM":
             masks = [self.persam.segment(embedding, self.targets[text])[0]

@@ -173,5 +173,12 @@ def test_a_batch_is_freed_before_the_next_is_computed(stage):
     assert scored(stage, range(6), 2)[0] == [True, True]
 
 
+def test_the_bar_counts_what_is_computed(stage, monkeypatch):
+    reached = []
+    monkeypatch.setattr(stage.Bar, "reach", lambda self, done: reached.append((self.total, done)))
+    scored(stage, range(5), 2)
+    assert reached == [(5, 2), (5, 4), (5, 5)]
+
+
 def test_the_masks_of_all_rounds_of_an_image_are_copied_at_once(stage):
     assert scored(stage, range(6), 3)[1] == 6 + 2 * 2  # points and labels of each of two batches
