@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.episode import Episode, patch_centres
+from common.results.pictures import MASK_COLOUR, PANEL, strip
 from tests.conftest import load_script
 from tests.test_episode import Recorder
 
@@ -182,3 +183,16 @@ def test_the_bar_counts_what_is_computed(stage, monkeypatch):
 
 def test_the_masks_of_all_rounds_of_an_image_are_copied_at_once(stage):
     assert scored(stage, range(6), 3)[1] == 6 + 2 * 2  # points and labels of each of two batches
+
+
+def test_in_a_strip_only_masks_and_points_have_a_colour():
+    picture = np.zeros((PANEL, PANEL, 3), np.uint8)
+    picture[:] = MASK_COLOUR
+    truth = np.zeros((PANEL, PANEL), np.uint8)
+    truth[:, :64] = 1
+    row = strip("one", "blue", picture, truth, {"mask": truth.T == 1}, {}, 800)
+    shown = np.asarray(row)[18:]  # below the captions
+    first, second, third = (shown[:, at:at + PANEL] for at in (0, PANEL + 4, 2 * PANEL + 8))
+    assert (first == MASK_COLOUR).all()
+    for panel, inside in ((second, truth == 1), (third, truth.T == 1)):
+        assert np.array_equal(np.ptp(panel, axis=2) > 0, inside)

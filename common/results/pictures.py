@@ -69,15 +69,18 @@ def strip(name: str, target: str, picture: np.ndarray, truth: np.ndarray,
           frame: int) -> Image.Image:
     """One row: image, ground truth, then each of the masks under its caption.
 
+    Masks lie on a grey copy of the image, so that nothing but masks and points has a colour.
+
     name, target: the image's name and the text that is asked for, captions of the first two panels.
     picture: uint8 (H, W, 3). truth: uint8 (H, W), 1 foreground. masks: {caption: bool (H, W)}.
     prompts: {caption: (points (n, 2), labels (n,))}, to be marked on that mask, as in
     `draw_points`.
     """
+    grey = np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
     panels = [(name, overlay(picture, np.zeros((1, 1), bool))),
-              (f"ground truth: {target}", overlay(picture, truth == 1))]
+              (f"ground truth: {target}", overlay(grey, truth == 1))]
     for caption, mask in masks.items():
-        panels.append((caption, overlay(picture, mask)))
+        panels.append((caption, overlay(grey, mask)))
         if caption in prompts:
             draw_points(panels[-1][1], *prompts[caption], frame)
     row = Image.new("RGB", ((PANEL + 4) * len(panels) - 4, PANEL + 18), (255, 255, 255))
