@@ -19,6 +19,7 @@ class Episode:
     """B images being prompted side by side.
 
     mask: (B, h, w) float, the current M on the grid; 1 everywhere before the first point.
+    frame: side in pixels of the square that every picture is squashed to, in which points lie.
     points: (B, n, 2) and labels: (B, n), P_t. allowed: bool (B, A), the patches that may still be
     chosen. logits: (B, 4h, 4w), SAM's last answer. predicted_iou: (B,), its own estimate of it.
     """
