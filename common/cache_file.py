@@ -469,8 +469,11 @@ class CacheWriter:
             stored["prompt"], compared["prompt"] = stored["texts"], compared.pop("texts")
             require_same(path, stored, compared, f"set it back, {MEND}")
             difference, skipped, held = _difference(file, layout), _skipped(file), _places(file)
+        if path.is_symlink():  # it stays one if the file is laid out anew
+            path = path.resolve()
         unfinished = path.with_name(path.name + ".new")
-        unfinished.unlink(missing_ok=True)  # left by a kill
+        for left in (unfinished, unfinished.with_name(unfinished.name + ".tmp")):
+            left.unlink(missing_ok=True)  # by a kill
         explained = {*held} if there is None else {*there, *skip}
         gone = [place for place in held if place not in explained]
         if difference and gone:

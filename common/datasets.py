@@ -90,7 +90,7 @@ def _hold_out(samples: list[Sample]) -> list[Sample]:
         raise UserError(f"{samples[0].image.parent} holds {len(samples)} images with masks, and 4 "
                         "at least are needed: 2 to train and 2 to test")
     count = min(max(round(len(samples) / 5), 2), 100)
-    by_hash = sorted(samples, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())
+    by_hash = sorted(samples, key=lambda sample: hashlib.sha256(os.fsencode(sample.name)).digest())
     held_out = set(by_hash[:count])
     samples = [replace(sample, split="test") if sample in held_out else sample
                for sample in samples]
@@ -336,7 +336,8 @@ def _missing(task: Task, data_dir: Path, found: dict[str, Path | list[str]]) -> 
     else:
         source = "leave DATA_DIR empty for a task that is drawn here, or set TASK"
     if not data_dir.is_dir():
-        return (f"{task.title}: {data_dir} does not exist, and should hold {needed}: set DATA_DIR "
+        fault = "is a file, not a folder" if data_dir.exists() else "does not exist"
+        return (f"{task.title}: {data_dir} {fault}, and should hold {needed}: set DATA_DIR "
                 f"to where the data set lies, or {source}")
     missing = {path: alike for path, alike in found.items() if not isinstance(alike, Path)}
     named = [path + (f" (but {' and '.join(alike)}: rename one of them)" if alike else "")

@@ -1,6 +1,7 @@
 """Pictures on disk: how they are opened, turned and converted, whatever their format."""
 
 import errno
+import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,7 +49,12 @@ def load_image(path: Path, first_frame: bool = False) -> np.ndarray:
     Raises UserError naming a file that cannot be read, or whose brightest value is not known.
     """
     with opened(path, first_frame) as picture:
-        return as_array(ImageOps.exif_transpose(picture), "RGB", path)
+        bits = stored_bits(picture)  # first, as a PNG forgets them when its EXIF data are read
+        image = as_array(ImageOps.exif_transpose(picture), "RGB", path)
+        if bits == 16 and picture.mode[0] != "I" and image.max() < 16:  # Pillow has kept high bytes
+            raise UserError(f"{path} has 16 bits a channel, of which it uses 12 at most, so that "
+                            "it would be read as black: save it with 8 bits a channel")
+        return image
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -87,6 +93,12 @@ def opened(path: Path, first_frame: bool = False) -> Iterator[Image.Image]:
             raise
         raise UserError(f"cannot read {path} as a picture ({error}): replace it, or remove it, and "
                         "the mask or image that belongs to it if there is one") from error
+
+
+def stored_bits(picture: Image.Image) -> int:
+    """Bits a channel of a picture that is just opened: 2, 4 or 16; 8 stands for any other."""
+    raw_mode = re.search(r";(2|4|16)", str(picture.tile))
+    return int(raw_mode.group(1)) if raw_mode else 8
 
 
 def orientation_of(picture: Image.Image) -> int:

@@ -1,5 +1,6 @@
 """Masks on disk, and the label maps that are read from them. What is not plain is refused."""
 
+import shlex
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -8,8 +9,16 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from common.images import QUARTER_TURNS, SAME_SHAPE, Sample, image_size, opened, orientation_of
-from common.masks import IGNORE, binary_mask, contradiction, refuse_few_bits, stored_bits
+from common.images import (
+    QUARTER_TURNS,
+    SAME_SHAPE,
+    Sample,
+    image_size,
+    opened,
+    orientation_of,
+    stored_bits,
+)
+from common.masks import IGNORE, binary_mask, contradiction, refuse_few_bits
 from common.runtime import distributed
 from common.runtime.errors import UserError, some
 from common.tasks import Task
@@ -82,7 +91,8 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
             read_so.setdefault(how, sample.mask.name)
             if task.dataset == "folder":
                 with opened(sample.image) as picture:
-                    if orientation_of(picture) in SAME_SHAPE:
+                    square = QUARTER_TURNS if size[0] == size[1] else ()
+                    if orientation_of(picture) in (*SAME_SHAPE, *square):
                         turned.append(sample.image.name)
         except UserError as error:
             faults[sample.place] = str(error)
@@ -92,20 +102,20 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
     if said:
         raise UserError("; ".join(said))
     if turned and distributed.RANK == 0:
-        print(f"EXIF turns {some(turned)} upside down or mirrors them: a mask without EXIF data is "
-              "taken to be drawn on that view; data.png shows some")
+        print(f"EXIF turns or mirrors {some(turned)}, which their shape does not show: a mask "
+              "without EXIF data is taken to be drawn on that view; data.png shows some")
     return checked
 
 
 def with_skip(faults: dict[str, str]) -> str:
-    """What is wrong with samples, ten at most, and the SKIP that leaves them out.
+    """What is wrong with ten samples at most, and the SKIP that leaves all of them out.
 
     faults: {`Sample.place`: what is wrong with it}.
     """
-    sentences, places = list(faults.values()), sorted(faults)
+    sentences, skip = list(faults.values()), shlex.quote(",".join(sorted(faults)))
     if len(faults) > 10:
-        sentences[10:], places[10:] = [f"and {len(faults) - 10} more"], ["..."]
-    return "; ".join([*sentences, f"or leave them out by SKIP={','.join(places)}"])
+        sentences[10:] = [f"and {len(faults) - 10} more"]
+    return "; ".join([*sentences, f"or leave them out by SKIP={skip}"])
 
 
 def untrainable(label_map: np.ndarray) -> str | None:

@@ -100,12 +100,6 @@ def contradiction(hows: dict[str, str]) -> str | None:
     return None
 
 
-def stored_bits(picture: Image.Image) -> int:
-    """Bits a channel of a picture that is just opened: 2, 4 or 16; 8 stands for any other."""
-    raw_mode = re.search(r";(2|4|16)", str(picture.tile))
-    return int(raw_mode.group(1)) if raw_mode else 8
-
-
 def refuse_few_bits(picture: Image.Image, bits: int, path: Path) -> None:
     """Raises UserError for grey of 2 or 4 bits: Pillow scales its numbers to 0 to 255."""
     if bits < 8 and picture.mode == "L":
@@ -253,7 +247,7 @@ def _split(levels: np.ndarray, path: Path, task: Task) -> tuple[np.ndarray, str]
     base, top = int(found[0]), int(found[-1])
     if set(found) <= {0, 1}:
         return levels, " and ".join(map(str, found))
-    if task.name == "folder" and set(found) <= {0, 1, IGNORE} and 1 in found:
+    if task.name == "folder" and set(found) == {0, 1, IGNORE}:
         if (levels == IGNORE).sum() > 4 * (levels == 1).sum():
             raise UserError(f"{path} holds 0, 1 and much more 255, which is ignored beside 1: set "
                             "FOREGROUND=1 if that is meant, or save the mask as 0 and 255")

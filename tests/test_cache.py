@@ -919,8 +919,8 @@ def test_a_centre_on_the_edge_of_two_pixels_takes_the_one_that_starts_there():
 
 
 def test_the_identity_tells_caches_apart_by_what_made_them_and_not_by_when(complete, tmp_path):
-    def identity(name: str, edits: dict[int, dict], **changed) -> str:
-        with CacheWriter.open_or_create(tmp_path / name, LAYOUT, ATTRIBUTES | changed) as writer:
+    def identity(name: str, edits: dict[int, dict], layout: Layout = LAYOUT, **changed) -> str:
+        with CacheWriter.open_or_create(tmp_path / name, layout, ATTRIBUTES | changed) as writer:
             for row in writer.missing():
                 writer.write(row, **entry(row) | edits.get(row, {}))
         return Cache.open(tmp_path / name).identity()
@@ -932,6 +932,24 @@ def test_the_identity_tells_caches_apart_by_what_made_them_and_not_by_when(compl
     edited[0, 0] = 1 - min(edited[0, 0], 1)
     # A mask that was mended makes other features of the same name.
     assert identity("edited.h5", {3: {"label_map": edited}}) != same
+    assert identity("pictured.h5", {3: {"picture": 255 - entry(3)["picture"]}}) != same
+    assert identity("drawn.h5", {}, replace(LAYOUT, shots=LAYOUT.shots[::-1])) != same
+
+
+def test_a_link_to_a_cache_stays_one_where_skip_lays_it_out_anew(complete):
+    there = complete.rename(complete.with_name("elsewhere.h5"))
+    complete.symlink_to(there)
+    skip_third(complete)
+    with h5py.File(there) as file:
+        assert complete.is_symlink() and "third" not in [*file["names"].asstr()]
+
+
+def test_what_a_kill_left_while_skip_laid_the_file_out_is_removed(complete):
+    left = [complete.with_name(complete.name + end) for end in (".new", ".new.tmp")]
+    for path in left:
+        path.touch()
+    CacheWriter.open_or_create(complete, LAYOUT, ATTRIBUTES).close()
+    assert not any(path.exists() for path in left)
 
 
 def changed(complete: Path, change) -> Path:

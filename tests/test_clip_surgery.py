@@ -150,6 +150,12 @@ def test_a_constant_similarity_gives_zeros():
     assert min_max(torch.full((1, 4, 2), 0.3)).eq(0).all()
 
 
+def test_min_max_stretches_a_small_span_too():
+    similarity = torch.tensor([0.3, 0.30005, 0.3001])[None, :, None]
+    torch.testing.assert_close(min_max(similarity)[0, :, 0], torch.tensor([0, 0.5, 1]),
+                               atol=1e-3, rtol=0)
+
+
 def test_min_max_is_taken_per_image_and_class():
     similarity = torch.tensor(
         [[[0.0, 3.0], [1.0, 5.0], [4.0, 4.0]], [[-1.0, 0.0], [0.0, 9.0], [1.0, 0.0]]]

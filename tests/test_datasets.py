@@ -369,6 +369,72 @@ def test_a_folder_without_test_images_holds_some_out(tmp_path, capsys, pairs, te
     assert ("tells little" in said) == (pairs < 10)
 
 
+def test_what_is_held_out_does_not_follow_the_order_of_the_names(tmp_path):
+    for index in range(50):
+        for kind in ("images", "masks"):
+            (tmp_path / "train" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "train" / kind / f"i{index:02}.png").touch()
+    held_out = names(list_samples(task_of("folder"), tmp_path), "test")
+    first, last = held_out[0], held_out[-1]
+    assert first < "i10" < "i40" < last and len(held_out) == 10
+
+
+def test_a_name_that_is_not_utf_8_may_be_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.datasets.print", lambda *_: None, raising=False)
+    for index in range(4):
+        for kind in ("images", "masks"):
+            (tmp_path / "train" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "train" / kind / os.fsdecode(b"caf\xe9%d.png" % index)).touch()
+    assert len(names(list_samples(task_of("folder"), tmp_path), "test")) == 2
+
+
+def test_a_file_in_the_place_of_the_data_folder_is_called_a_file(tmp_path):
+    (tmp_path / "data.tar").touch()
+    with pytest.raises(UserError, match=r"data\.tar is a file, not a folder, and should hold"):
+        list_samples(get_task("duts"), tmp_path / "data.tar")
+
+
+def test_the_first_list_of_cuhks_test_images_counts(tmp_path):
+    make_cuhk(tmp_path / "CUHK", 4)
+    (tmp_path / "test.txt").write_text("out_of_focus0003\n")
+    (tmp_path / "CUHK/test.txt").write_text("out_of_focus0001\n")
+    assert names(list_samples(get_task("cuhk"), tmp_path), "test") == ["out_of_focus0003"]
+
+
+def test_a_listed_test_image_of_cuhk_that_is_skipped_may_be_gone(tmp_path):
+    make_cuhk(tmp_path, 4)
+    (tmp_path / "test.txt").write_text("out_of_focus0003\nout_of_focus0009\n")
+    samples = list_samples(get_task("cuhk"), tmp_path, ["out_of_focus0009"])
+    assert names(samples, "test") == ["out_of_focus0003"]
+
+
+def test_a_line_that_stands_twice_in_vocs_list_is_one_sample(tmp_path):
+    make_voc(tmp_path, train=("c", "a", "c"))
+    assert sorted(names(list_samples(get_task("voc"), tmp_path), "train")) == ["a", "c"]
+
+
+def test_which_class_is_drawn_first_depends_on_the_seed(tmp_path):
+    make_voc(tmp_path)
+    samples = list_samples(get_task("voc"), tmp_path)
+    assert len({draw_shots(samples, get_task("voc"), 2, seed)[0][1] for seed in range(8)}) > 1
+
+
+def test_an_image_that_is_nothing_but_one_class_is_not_drawn(tmp_path):
+    make_voc(tmp_path, train=("a", "b1", "c"))
+    save(tmp_path / VOC / "SegmentationClass/b1.png", palette_mask([[1, 1, 1, 255]] * 2))
+    samples = list_samples(get_task("voc"), tmp_path)
+    drawn = draw_shots(samples, get_task("voc"), 6, 0)
+    assert {sample.name for sample, _ in drawn} == {"a", "c"}
+
+
+def test_files_that_share_a_name_may_be_skipped(tmp_path):
+    make(tmp_path, "msd")
+    save(tmp_path / "train/image/train_a.png", picture())
+    list_samples(get_task("msd"), tmp_path, ["train_a"])
+    with pytest.raises(UserError, match="share a name"):
+        list_samples(get_task("msd"), tmp_path)
+
+
 @pytest.mark.parametrize("pairs", [1, 3])
 def test_too_few_to_hold_some_out_is_said_with_their_number(tmp_path, pairs):
     for index in range(pairs):

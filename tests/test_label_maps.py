@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.datasets import list_samples
 from common.images import load_image
-from common.label_maps import check_samples, load_label_map, read_mask, untrainable
+from common.label_maps import check_samples, load_label_map, read_mask, untrainable, with_skip
 from common.runtime.errors import UserError
 from common.tasks import get_task, with_foreground
 from tests.small_data import (
@@ -215,6 +215,15 @@ def test_a_number_is_not_looked_for_in_4_bits_of_grey_nor_black_in_the_lower_hal
         label_map_of(sample)
 
 
+def test_a_colour_image_of_12_bits_in_16_is_refused(tmp_path):
+    path = tmp_path / "deep.png"
+    write_png(path, 4, 16, 2, [b"\x0f\xff" * 12] * 4)
+    with pytest.raises(UserError, match=r"deep\.png has 16 bits a channel, of which it uses 12 at"):
+        load_image(path)
+    write_png(path, 4, 16, 2, [b"\x10\x00" * 12] * 4)
+    assert load_image(path).max() == 16
+
+
 def test_grey_class_numbers_of_8_bits_are_read_as_voc_masks(tmp_path):
     assert label_map_of(one(tmp_path, mask=half(top=20)), "voc").max() == 20
 
@@ -401,8 +410,13 @@ def test_all_faults_of_the_masks_are_said_at_once_before_anything_is_computed(tm
     for number in range(12):
         pair(root / "test/images", root / "test/masks", f"bad{number:02}")
         Image.fromarray(half(top=15)).save(root / f"test/masks/bad{number:02}.png")
-    with pytest.raises(UserError, match=r"; and 4 more; or leave them out by SKIP=.*,\.\.\.$"):
+    with pytest.raises(UserError, match="; and 4 more; or leave them out by SKIP=test/") as error:
         check_samples(list_samples(task_of("folder"), root), task_of("folder"))
+    assert str(error.value).partition("SKIP=")[2].count("/") == 14  # all of them
+
+
+def test_a_skip_that_is_proposed_is_one_word_of_the_shell():
+    assert with_skip({"train/my photo": "it is full"}).endswith("SKIP='train/my photo'")
 
 
 @pytest.mark.parametrize("name", ["cuhk", "sbu", "msd", "duts", "demo_shadow"])
@@ -433,7 +447,55 @@ def test_photographs_that_exif_turns_without_a_trace_in_their_shape_are_named(
     stored, exif = photograph(orientation)
     sample = one(tmp_path, stored, 255 * seen(orientation), exif)
     check_samples([sample], task_of("folder"))
-    assert (f"EXIF turns {sample.image.name} upside" in capsys.readouterr().out) == said
+    assert (f"EXIF turns or mirrors {sample.image.name}, " in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("orientation", [6, 7])
+def test_a_square_photograph_that_exif_turns_by_a_quarter_is_named(tmp_path, capsys, orientation):
+    stored, exif = photograph(orientation)
+    sample = one(tmp_path, stored[:, :16], 255 * seen(orientation)[:16, :16], exif)
+    check_samples([sample], task_of("folder"))
+    assert "EXIF turns or mirrors x.jpg, " in capsys.readouterr().out
+
+
+def test_1_beside_255_is_black_where_there_is_no_0(tmp_path):
+    mask = np.where(half() > 0, 255, 1).astype(np.uint8)  # as some tools save black and white
+    assert np.array_equal(label_map_of(one(tmp_path, mask=mask)), half(top=1))
+
+
+def test_foreground_1_and_any_find_what_a_mask_of_1_bit_has(tmp_path):
+    mask = Image.fromarray(half()).convert("1")
+    for foreground in ("1", "any"):
+        assert asked(one(tmp_path, mask=mask), foreground) == half(top=1)[0].tolist()
+
+
+def test_vocs_palette_ends_at_its_20th_class(tmp_path):
+    assert label_map_of(one(tmp_path, mask=palette_mask(half(top=20))), "voc").max() == 20
+    with pytest.raises(UserError, match="21"):
+        label_map_of(one(tmp_path, mask=palette_mask(half(top=21))), "voc")
+
+
+@pytest.mark.parametrize("task", ["folder", "voc"])
+@pytest.mark.parametrize("orientation", [*range(2, 9)])
+def test_a_masks_own_exif_data_turn_it(tmp_path, task, orientation):
+    stored, exif = photograph(orientation)
+    exif_of_image = Image.Exif()
+    exif_of_image[0x0112] = orientation
+    sample = one(tmp_path, stored, stored, exif_of_image)
+    mask = Image.fromarray(stored if task == "folder" else (stored > 0).astype(np.uint8))
+    mask.save(sample.mask, exif=exif)
+    assert np.array_equal(label_map_of(sample, task), seen(orientation))
+
+
+def test_the_share_of_foreground_is_that_of_the_pixels_that_count(tmp_path):
+    mask = np.array([[1, 1, 0, 255], [1, 0, 0, 255]], np.uint8)
+    sample = one(tmp_path, picture(2, 4), palette_mask(mask))
+    assert [checked.foreground for checked in check_samples([sample], task_of("voc"))] == [0.5]
+
+
+def test_an_image_of_several_classes_may_hold_nothing_but_ignored_pixels(tmp_path):
+    sample = one(tmp_path, picture(2, 4), palette_mask(np.full((2, 4), 255)))
+    assert [checked.foreground for checked in check_samples([sample], task_of("voc"))] == [0.0]
 
 
 def test_255_that_marks_much_more_than_1_is_not_ignored_in_silence(tmp_path):

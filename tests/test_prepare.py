@@ -10,6 +10,7 @@ from PIL import Image
 
 from common.cache import Cache
 from common.cache_file import CacheWriter
+from common.frozen import clip_weights
 from common.images import Sample
 from common.label_maps import Checked
 from common.prepare import mask_summary, read_sample
@@ -193,6 +194,23 @@ def test_how_masks_were_read_is_said_in_one_line():
 def test_stage_1_says_how_masks_were_read(stage_1, capsys):
     stage_1()
     assert "masks: 0 and 255 in 14; foreground " in capsys.readouterr().out
+
+
+def test_the_seed_decides_which_training_samples_are_drawn(stage_1):
+    stage_1("SHOTS=4", "RUN_DIR=runs/0")
+    stage_1("SHOTS=4", "SEED=1", "RUN_DIR=runs/1")
+    first, second = (Cache.open(Path(f"runs/{seed}/features.h5"), "folder") for seed in "01")
+    assert [first.name(sample) for sample in first.samples("train")] != [
+        second.name(sample) for sample in second.samples("train")]
+
+
+def test_a_clip_that_is_no_stand_in_sees_512_pixels_and_a_named_precision_counts(
+        stage_1, monkeypatch):
+    load = clip_weights.load_clip
+    monkeypatch.setattr(clip_weights, "load_clip", lambda name, device: load("demo", device))
+    stage_1("CLIP=ViT-B-16/openai", "PRECISION=bf16", "SHOTS=2")
+    with h5py.File(CACHE) as file:
+        assert (file.attrs["clip_size"], file.attrs["precision"]) == (512, "bf16")
 
 
 def test_a_sample_that_cannot_be_read_is_named(tmp_path):

@@ -162,6 +162,15 @@ def test_one_preparation_serves_every_round(tiny):
         assert torch.equal(once[0], afresh[0]) and torch.equal(once[1], afresh[1])
 
 
+def test_points_are_scaled_from_the_frame_that_they_lie_in(tiny):
+    embeddings, points = torch.randn(2, 16, 16, 16), 800 * torch.rand(2, 3, 2)
+    labels, answers = torch.ones(2, 3, dtype=torch.int64), []
+    for frame in (800, 400):
+        prompter = BatchedPrompter(tiny, frame=frame)
+        answers.append(prompter.decode(prompter.prepare(embeddings), points * frame / 800, labels))
+    assert_close(*(logits for logits, _ in answers))
+
+
 def test_a_decoded_mask_can_enter_a_trained_network(tiny):
     prompter = BatchedPrompter(tiny)
     logits, _ = prompter.decode(

@@ -17,9 +17,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.cache import Cache
-from common.images import as_array, composed, opened
+from common.images import as_array, composed, opened, stored_bits
 from common.label_maps import palette_indices
-from common.masks import stored_bits
 from common.metrics import Score
 from common.results.outputs import Drawing
 from common.results.own_images import name_files
