@@ -369,6 +369,12 @@ def test_a_missing_checkpoint_is_named(tmp_path, prefix):
         load_sam(f"{prefix}{tmp_path}/none.pth", CPU)
 
 
+@pytest.mark.parametrize("name", ["", "vit_b:"])
+def test_a_name_without_a_file_is_answered_with_those_there_are(name):
+    with pytest.raises(UserError, match=f"SAM={name} names no file: set it to one of vit_h, "):
+        load_sam(name, CPU)
+
+
 def test_a_checkpoint_with_missing_weights_is_refused(tmp_path):
     torch.save({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}, tmp_path / "part.pth")
     with pytest.raises(

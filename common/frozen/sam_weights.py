@@ -71,6 +71,9 @@ def load_sam(name: str, device: torch.device) -> Sam:
         size, colon, path = name.partition(":")
         if not (colon and size in CHECKPOINTS):
             size, path = None, name
+        if not path:
+            raise UserError(f"SAM={name} names no file: set it to one of {', '.join(CHECKPOINTS)}, "
+                            "to the path of such a checkpoint, or to demo")
         sam = _load_checkpoint(expanded(path), size)
     return sam.eval().requires_grad_(False).to(device)
 
