@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from common.cache_file import MEND, PICTURE, CacheWriter
 from common.images import Sample, load_image
@@ -86,7 +87,9 @@ def require_pictures(writer: CacheWriter, images: Sequence[Sample], workers: int
     with ThreadPoolExecutor(workers) as pool:
         alike = pool.map(lambda row: looks_like(load_image(images[row].image),
                                                 writer.picture(row)), rows)
-        changed = [(row, images[row].place) for row, same in zip(rows, alike) if not same]
+        bar = tqdm(zip(rows, alike), "checking images", len(rows), leave=False,
+                   disable=distributed.RANK > 0)
+        changed = [(row, images[row].place) for row, same in bar if not same]
     if changed := distributed.gather(changed):
         raise UserError(f"the images {some([place for _, place in changed])} are others now than "
                         f"those in {writer.path}: put them back, {MEND}")
