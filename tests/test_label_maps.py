@@ -498,6 +498,43 @@ def test_an_image_of_several_classes_may_hold_nothing_but_ignored_pixels(tmp_pat
     assert [checked.foreground for checked in check_samples([sample], task_of("voc"))] == [0.0]
 
 
+@pytest.mark.parametrize("alpha, found", [(127, 0), (128, 1)])
+def test_what_is_more_than_half_transparent_is_not_the_foreground_that_is_named(
+        tmp_path, alpha, found):
+    mask = np.zeros((6, 8, 4), np.uint8)
+    mask[:, :4], mask[..., 3] = [255, 0, 0, 0], 255
+    mask[:, :4, 3] = alpha
+    assert asked(one(tmp_path, mask=mask), "#ff0000") == [found] * 4 + [0] * 4
+
+
+def test_numbers_below_0_are_refused_where_foreground_names_one(tmp_path):
+    mask = half().astype(np.int32) - 1
+    with pytest.raises(UserError, match="holds the number -1: save it with numbers from 0 on"):
+        asked(one(tmp_path, mask=mask, mask_name="x.tiff"), "3")
+
+
+@pytest.mark.parametrize("level, refused", [(63, False), (64, True)])
+def test_255_beside_a_light_grey_is_not_ignored_in_silence(tmp_path, level, refused):
+    mask = half(top=level)
+    mask[:, 7] = 255
+    if refused:
+        with pytest.raises(UserError, match="and 255, which may be to ignore or a target too"):
+            asked(one(tmp_path, mask=mask), "any")
+    else:
+        assert asked(one(tmp_path, mask=mask), "any") == [1] * 4 + [0] * 3 + [255]
+
+
+@pytest.mark.parametrize("ignored, refused", [(4, False), (5, True)])
+def test_255_is_ignored_beside_1_up_to_four_times_as_much_of_it(tmp_path, ignored, refused):
+    mask = np.zeros((6, 8), np.uint8)
+    mask[:, 0], mask[:, 1:1 + ignored] = 1, 255
+    if refused:
+        with pytest.raises(UserError, match="much more 255"):
+            label_map_of(one(tmp_path, mask=mask))
+    else:
+        assert np.array_equal(label_map_of(one(tmp_path, mask=mask)), mask)
+
+
 def test_255_that_marks_much_more_than_1_is_not_ignored_in_silence(tmp_path):
     mask = np.zeros((40, 40), np.uint8)
     mask[10:30, 10:30], mask[:3, :3] = 255, 1
