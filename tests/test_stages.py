@@ -202,13 +202,18 @@ def test_results_of_another_name_leave_the_first_ones_pictures_as_they_are(workp
     (folder / "T1.json").unlink()
 
 
-def test_rows_of_the_same_agent_that_would_be_lost_are_named(workplace):
-    results = workplace / "runs/folder/results.json"
-    before = results.read_bytes()
-    done = run(workplace, "04_evaluate.py", "ROWS=AlignSAM,w/o RL,PerSAM")
+@pytest.mark.parametrize("recorded", [True, False])  # whether by a version that knew HEADS
+def test_rows_of_the_same_agent_that_would_be_lost_are_named(workplace, recorded):
+    there = json.loads((workplace / "runs/folder/results.json").read_text())
+    if not recorded:
+        del there["trained"]["heads"]
+    path = workplace / "runs/folder/kept.json"
+    path.write_text(json.dumps(there))
+    done = run(workplace, "04_evaluate.py", "ROWS=AlignSAM,w/o RL,PerSAM", "RESULTS=kept.json")
     assert done.returncode == 1
-    assert "runs/folder/results.json also holds w/o SRM, w/o MSI, which would be lo" in done.stderr
-    assert results.read_bytes() == before
+    assert "runs/folder/kept.json also holds w/o SRM, w/o MSI, which would be lost" in done.stderr
+    assert json.loads(path.read_text()) == there
+    path.unlink()
 
 
 @pytest.mark.parametrize("change", [

@@ -130,7 +130,9 @@ class Report:
         """
         try:
             there = json.loads((self.folder / self.name).read_text(encoding="utf-8"))
-            if there["trained"] != json.loads(json.dumps(self.trained["settings"])):
+            now = json.loads(json.dumps(self.trained["settings"]))
+            shared = now.keys() & there["trained"].keys()  # earlier versions recorded fewer
+            if any(now[name] != there["trained"][name] for name in shared):
                 return []
             held = there["rows"].keys() - there.get("given_masks", {}).keys()
             return [row for row in there["rows"] if row in held - {*self.rows}]
