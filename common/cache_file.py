@@ -392,8 +392,7 @@ def _lay_out_anew(path: Path, unfinished: Path, layout: Layout, made_with: dict)
     """
     create(unfinished, layout, made_with)
     with CacheWriter.open(path) as old, CacheWriter.open(unfinished) as new:
-        done = sorted(set(range(len(old.names))) - set(old.missing()))
-        row_of = {(old.places[row], *old.sizes[row]): row for row in done}
+        row_of = {(old.places[row], *old.sizes[row]): row for row in old.done()}
         keys = [(place, *size) for place, size in zip(new.places, new.sizes)]
         kept = [(row, row_of[key]) for row, key in enumerate(keys) if key in row_of]
         print(f"SKIP has changed: {path} is laid out anew, and {len(kept)} of its {len(keys)} "
@@ -491,23 +490,22 @@ class CacheWriter:
         flags = os.pread(self.fd, len(self.names), self.offsets["done"][0])
         return [row for row, flag in enumerate(flags) if flag != 1]
 
+    def done(self) -> list[int]:
+        """The rows that are done, read afresh from the file."""
+        return sorted({*range(len(self.names))} - {*self.missing()})
+
     def picture(self, row: int) -> np.ndarray:
         """The small copy of an image that is done, uint8 (256, 256, 3)."""
-        shape, dtype = self.rows["pictures"]
-        data = os.pread(self.fd, math.prod(shape) * dtype.itemsize, self.offsets["pictures"][row])
-        return np.frombuffer(data, dtype).reshape(shape)
+        return self._get("pictures", row)
 
     def require_masks(self, sums: Sequence[int]) -> None:
         """Raises UserError naming the images that are done and have other masks now.
 
         sums: CRC-32 of the label map of each row, as the masks are now.
         """
-        (count,), dtype = self.rows["crc"]
-        size, column, changed = count * dtype.itemsize, SUMMED.index("labels"), []
-        for row in sorted({*range(len(self.names))} - {*self.missing()}):
-            stored = np.frombuffer(os.pread(self.fd, size, self.offsets["crc"][row]), dtype)
-            if stored[column] != sums[row]:
-                changed.append(self.places[row])
+        column = SUMMED.index("labels")
+        changed = [self.places[row] for row in self.done()
+                   if self._get("crc", row)[column] != sums[row]]
         if changed:
             raise UserError(f"the masks of {some(changed)} are others now than those in {self.path}"
                             f": put them back, {MEND}")
@@ -561,6 +559,12 @@ class CacheWriter:
             size = math.prod(shape) * dtype.itemsize
             data = os.pread(other.fd, size, other.offsets[dataset][other_row])
             self._put(dataset, row, np.frombuffer(data, np.uint8))
+
+    def _get(self, dataset: str, row: int) -> np.ndarray:
+        """One image's part of a dataset other than the labels, whose sizes differ."""
+        shape, dtype = self.rows[dataset]
+        data = os.pread(self.fd, math.prod(shape) * dtype.itemsize, self.offsets[dataset][row])
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def _put(self, dataset: str, row: int, values: np.ndarray) -> None:
         data, offset = memoryview(values.tobytes()), self.offsets[dataset][row]

@@ -51,7 +51,7 @@ def load_image(path: Path, first_frame: bool = False) -> np.ndarray:
     with opened(path, first_frame) as picture:
         bits = stored_bits(picture)  # first, as a PNG forgets them when its EXIF data are read
         image = as_array(ImageOps.exif_transpose(picture), "RGB", path)
-        if bits == 16 and picture.mode[0] != "I" and image.max() < 16:  # Pillow has kept high bytes
+        if upper_bytes_alone(picture, bits) and image.max() < 16:
             raise UserError(f"{path} has 16 bits a channel, of which it uses 12 at most, so that "
                             "it would be read as black: save it with 8 bits a channel")
         return image
@@ -99,6 +99,14 @@ def stored_bits(picture: Image.Image) -> int:
     """Bits a channel of a picture that is just opened: 2, 4 or 16; 8 stands for any other."""
     raw_mode = re.search(r";(2|4|16)", str(picture.tile))
     return int(raw_mode.group(1)) if raw_mode else 8
+
+
+def upper_bytes_alone(picture: Image.Image, bits: int) -> bool:
+    """Whether Pillow reads no more than the upper byte of 16 bits, as it does of all but grey.
+
+    bits: `stored_bits(picture)`.
+    """
+    return bits == 16 and picture.mode[0] != "I"
 
 
 def orientation_of(picture: Image.Image) -> int:

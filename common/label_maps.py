@@ -110,9 +110,11 @@ def check_samples(samples: list[Sample], task: Task) -> list[Checked]:
 def with_skip(faults: dict[str, str]) -> str:
     """What is wrong with ten samples at most, and the SKIP that leaves all of them out.
 
-    faults: {`Sample.place`: what is wrong with it}.
+    faults: {`Sample.place`: what is wrong with it}; more than 100 are not listed in the SKIP.
     """
     sentences, skip = list(faults.values()), shlex.quote(",".join(sorted(faults)))
+    if len(faults) > 100:
+        skip = "names.txt, a list of their names"
     if len(faults) > 10:
         sentences[10:] = [f"and {len(faults) - 10} more"]
     return "; ".join([*sentences, f"or leave them out by SKIP={skip}"])

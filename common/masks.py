@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from common.images import as_array
+from common.images import as_array, upper_bytes_alone
 from common.runtime.errors import UserError, some
 from common.tasks import Task
 
@@ -69,7 +69,7 @@ def binary_mask(picture: Image.Image, bits: int, path: Path,
         if alpha is not None:
             rgb = (rgb * (alpha[..., None] / 255)).astype(np.uint8)
         levels, colour = _on_one_axis(rgb, lossy, path, task)
-        if bits == 16 and picture.mode[0] != "I" and levels.max() <= 1:
+        if upper_bytes_alone(picture, bits) and levels.max() <= 1:
             raise UserError(f"{path} has 16 bits a channel and would be read as black: save it "
                             "with 8 bits a channel")
         split = _split_lossy if lossy else _split

@@ -83,7 +83,7 @@ def require_pictures(writer: CacheWriter, images: Sequence[Sample], workers: int
 
     images: of all rows of the cache. workers: threads that read them.
     """
-    rows = distributed.share(sorted({*range(len(images))} - {*writer.missing()}))
+    rows = distributed.share(writer.done())
     with ThreadPoolExecutor(workers) as pool:
         alike = pool.map(lambda row: looks_like(load_image(images[row].image),
                                                 writer.picture(row)), rows)

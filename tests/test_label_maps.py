@@ -419,6 +419,13 @@ def test_a_skip_that_is_proposed_is_one_word_of_the_shell():
     assert with_skip({"train/my photo": "it is full"}).endswith("SKIP='train/my photo'")
 
 
+@pytest.mark.parametrize("count, listed", [(100, True), (101, False)])
+def test_a_whole_data_set_of_faults_is_not_listed_in_one_skip(count, listed):
+    said = with_skip({f"train/{number}": "it is full" for number in range(count)})
+    assert said.endswith("out by SKIP=names.txt, a list of their names") != listed
+    assert ("train/99" in said) == listed and f"and {count - 10} more" in said
+
+
 @pytest.mark.parametrize("name", ["cuhk", "sbu", "msd", "duts", "demo_shadow"])
 @pytest.mark.parametrize("palette", [False, True])
 def test_in_the_papers_data_sets_a_level_of_1_beside_white_is_noise(tmp_path, name, palette):

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.cache import Cache
-from common.images import as_array, composed, opened, stored_bits
+from common.images import as_array, composed, opened, stored_bits, upper_bytes_alone
 from common.label_maps import palette_indices
 from common.metrics import Score
 from common.results.outputs import Drawing
@@ -176,7 +176,7 @@ def read_binary(path: Path) -> np.ndarray:
     Raises UserError naming a file that cannot be read, or is not black and white.
     """
     with opened(path) as picture:
-        cut = stored_bits(picture) == 16 and picture.mode[0] != "I"  # Pillow drops the lower 8
+        cut = upper_bytes_alone(picture, stored_bits(picture))
         picture = ImageOps.exif_transpose(picture)
         see_through = (picture.has_transparency_data
                        and picture.convert("RGBA").getextrema()[3] != (255, 255))
