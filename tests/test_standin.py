@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import ndimage
+from torch.nn import functional as F
 
 from common.datasets import list_samples
 from common.frozen import clip_weights
@@ -20,6 +21,7 @@ from common.standin.training import auxiliary, store, train_clip, train_sam
 from common.standin.training.store import draw_small
 from common.standin.training.train_sam import HELD_OUT, TRAIN, corrective_clicks
 from common.tasks import DEMO_CLASSES, get_task
+from tests.conftest import one_thread
 
 
 @pytest.mark.parametrize("effect", scenes.EFFECTS)
@@ -62,12 +64,12 @@ def test_kept_scenes_are_used_again_but_none_of_another_generator_or_size(tmp_pa
     times = [path.stat().st_mtime_ns for path in folder.iterdir()]
     assert len(store.load_scenes(folder, 1)[0]) == 1
     assert times == [path.stat().st_mtime_ns for path in folder.iterdir()]
-    with pytest.raises(UserError, match="holds 2 scenes, but 3 are needed: delete the folder"):
+    with pytest.raises(UserError, match="holds 2 scenes, but 3 are needed: delete things.json"):
         store.load_scenes(folder, 3)
     content = json.loads((folder / "things.json").read_text())
     for other in (content | {"generator": 0}, content | {"side": 192}, content["things"]):
         (folder / "things.json").write_text(json.dumps(other))
-        with pytest.raises(UserError, match="scenes of another generator or size: delete the"):
+        with pytest.raises(UserError, match="scenes of another generator or size: delete thi"):
             store.load_scenes(folder, 2)
 
 
@@ -82,6 +84,9 @@ def test_weights_that_are_missing_damaged_or_another_models_are_named(tmp_path, 
         model.build_sam()
     sam = model.new_sam()
     store.save_weights(sam, path)
+    (tmp_path / "any").touch()
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode  # others may read it too
+    (tmp_path / "any").unlink()
     assert list(tmp_path.iterdir()) == [path]
     for name, value in model.build_sam().state_dict().items():
         assert torch.equal(value, sam.state_dict()[name].half().float())
@@ -142,7 +147,7 @@ def test_the_auxiliary_loss_is_least_for_the_true_centre_and_outline():
     truth[:, offset_x] = auxiliary.CENTRE * (44 / side - centres[None, :])  # to the right
     truth[:, offset_y] = auxiliary.CENTRE * (28 / side - centres[:, None])  # down
 
-    fine = torch.from_numpy(instances[:, ::2, ::2] > 0)  # 4 x 4 mask pixels a cell
+    fine = torch.from_numpy(instances[:, ::2, ::2]).float()  # 4 x 4 mask pixels a cell
 
     def loss(answers):
         return auxiliary.loss(answers, picture, cells, cells, fine, fine, shapes).item()
@@ -158,9 +163,9 @@ def test_the_auxiliary_loss_is_least_for_the_true_centre_and_outline():
 
 def test_things_and_shade_are_asked_for_at_each_pixel_of_a_mask():
     grid = 3
-    things, shade = (torch.zeros(1, 4 * grid, 4 * grid, dtype=torch.bool) for _ in range(2))
-    things[0, 6, 9] = True  # cell row 1, column 2; in the cell row 2, column 1
-    shade[0, 3, 4] = True  # cell row 0, column 1; in the cell row 3, column 0
+    things, shade = (torch.zeros(1, 4 * grid, 4 * grid) for _ in range(2))
+    things[0, 6, 9] = 1  # cell row 1, column 2; in the cell row 2, column 1
+    shade[0, 3, 4] = 1  # cell row 0, column 1; in the cell row 3, column 0
     surface, numbers, thing, dark, shape = torch.zeros(
         1, auxiliary.CHANNELS, grid, grid).split(auxiliary.SECTIONS, 1)
     picture = torch.zeros(1, 3, grid * model.STRIDE, grid * model.STRIDE)
@@ -204,8 +209,9 @@ def test_training_asks_for_the_facts_of_the_picture_that_is_embedded(monkeypatch
         train_sam.train_step(sam, head, optimizer, kept, 64, False, rng)
     assert len(asked) == 6
     for picture, instances, surfaces, things, shade in asked:
-        assert torch.equal(things, picture[:, 0, ::2, ::2])
-        assert torch.equal(shade, picture[:, 1, ::2, ::2])
+        shares = F.avg_pool2d(picture.float(), 2)
+        assert torch.equal(things, shares[:, 0])
+        assert torch.equal(shade, shares[:, 1])
         assert torch.equal(instances > 0, picture[:, 0, 4::8, 4::8])
         assert torch.equal(surfaces > 0, picture[:, 2, 4::8, 4::8])
 
@@ -234,7 +240,6 @@ def test_clicks_teach_the_encoder_too(monkeypatch):
 @pytest.fixture
 def small_training(tmp_path, monkeypatch):
     """Both trainings on 12 scenes, for a few steps; a function that returns their weights."""
-    torch.set_num_threads(1)
     for program in (train_sam, train_clip):
         for name, value in {"TRAIN": 10, "HELD_OUT": 2, "BATCH": 4, "SAVE_EVERY": 1,
                             "SCENES": tmp_path}.items():
@@ -242,6 +247,7 @@ def small_training(tmp_path, monkeypatch):
         monkeypatch.setattr(program, "report", lambda *arguments: None)
     monkeypatch.setattr(train_sam, "PHASES", ((64, 2, 2e-3, False), (64, 3, 4e-4, True)))
     monkeypatch.setattr(train_sam, "ONE_BY_ONE", 0)  # where clicks are drawn by chance
+    monkeypatch.setattr("common.runtime.files.lock", lambda *arguments: None)
     monkeypatch.setattr(train_sam, "WEIGHTS", tmp_path / "sam.safetensors")
     monkeypatch.setattr(train_clip, "STEPS", 4)
     monkeypatch.setattr(train_clip, "WARM_UP", 2)
@@ -250,7 +256,8 @@ def small_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train_clip, "STANDIN", tmp_path)
 
     def train(program) -> dict[str, torch.Tensor]:
-        program.main()
+        with one_thread():
+            program.main()
         return load_file(tmp_path / f"{'sam' if program is train_sam else 'clip'}.safetensors")
 
     return train
@@ -272,7 +279,7 @@ def test_a_stopped_training_of_a_stand_in_goes_on_as_if_it_had_not_stopped(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save_training", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), one_thread():
         program.main()
     again = small_training(program)
     assert len(saved) == (5 if program is train_sam else 4)  # each step once
@@ -280,19 +287,26 @@ def test_a_stopped_training_of_a_stand_in_goes_on_as_if_it_had_not_stopped(
         assert torch.equal(again[name], weight), name
     monkeypatch.setattr(program, "SEED", 1)
     with pytest.raises(UserError, match=f"{state.name} was made with SEED=0, and now it is 1: "
-                                        "set it back, or delete the file$"):
+                                        "set the constant back, or delete the file$"):
         program.main()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_ends_the_drawing_of_scenes_and_they_are_drawn_again(tmp_path):
     (tmp_path / "images.npy").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left .*'{tmp_path}'"):
         store.load_scenes(tmp_path, 2)
     (tmp_path / "images.npy").unlink()
     assert len(store.load_scenes(tmp_path, 2)[0]) == 2
     (tmp_path / "maps.npy").write_bytes((tmp_path / "maps.npy").read_bytes()[:-9])
-    with pytest.raises(UserError, match="the scenes in .* are damaged .*: delete the folder to"):
+    mend = "delete things.json there, and they are drawn again"
+    with pytest.raises(UserError, match=f"the scenes in .* are damaged .*: {mend}"):
+        store.load_scenes(tmp_path, 2)
+    (tmp_path / "maps.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=f"maps.npy is an empty file: delete it, and {mend}"):
+        store.load_scenes(tmp_path, 2)
+    np.save(tmp_path / "maps.npy", np.zeros((1, 5, 256, 256), np.uint8))
+    with pytest.raises(UserError, match=f"damaged .not all .* the same number of .*: {mend}"):
         store.load_scenes(tmp_path, 2)
 
 
@@ -340,7 +354,8 @@ def test_clicks_on_several_cores_give_the_gradients_of_the_whole_batch(monkeypat
     for number, target in enumerate(targets):
         target[3 + number:20, 5:9 + 2 * number] = True
     embeddings = torch.randn(5, model.WIDTH, 8, 8, requires_grad=True)
-    gradient, ious = train_sam.click_gradients(sam, embeddings, targets, np.random.default_rng(0))
+    shares = targets.float()
+    gradient, ious = train_sam.click_gradients(sam, embeddings, shares, np.random.default_rng(0))
     weights = list(sam.mask_decoder.parameters())
     gradients = [weight.grad for weight in weights]
 
@@ -349,13 +364,31 @@ def test_clicks_on_several_cores_give_the_gradients_of_the_whole_batch(monkeypat
     rng.random()  # decides that clicks come one by one
     clicks = [1] * int(rng.integers(1, 9))
     assert len(clicks) > 2
-    loss, expected = train_sam.click_loss(sam, embeddings, targets, clicks, True, rng)
+    loss, expected = train_sam.click_loss(sam, embeddings, shares, clicks, True, rng)
     loss.backward()
     torch.testing.assert_close(ious, expected)
     assert embeddings.grad.abs().max() > 1e-6
     torch.testing.assert_close(gradient, embeddings.grad, rtol=1e-3, atol=1e-7)
     for own, weight in zip(gradients, weights, strict=True):
         torch.testing.assert_close(own, weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_clicks_of_a_part_do_not_depend_on_which_core_is_first(monkeypatch):
+    sam = model.new_sam().eval()
+    train_sam.set_size(sam, 64)
+    monkeypatch.setattr(train_sam, "ONE_BY_ONE", 0)  # these are drawn at random
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    embeddings, found = torch.randn(6, model.WIDTH, 8, 8), []
+    shares = torch.zeros(6, 32, 32)
+    shares[:, 5:20, 8:20] = 1
+    for turn in (1, -1, 1, -1):
+        monkeypatch.setattr(
+            train_sam, "side_by_side", lambda compute, parts, device, turn=turn:
+            [compute(part) for part in list(parts)[::turn]][::turn])
+        rng = np.random.default_rng(len(found) // 2)
+        found.append(train_sam.click_gradients(sam, embeddings, shares, rng)[0])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_each_click_goes_to_the_middle_of_the_largest_error_with_its_true_label():
@@ -369,14 +402,117 @@ def test_each_click_goes_to_the_middle_of_the_largest_error_with_its_true_label(
     assert labels.tolist() == [[1], [0]]
 
 
-def test_smaller_pictures_keep_their_maps_in_place():
+def test_smaller_pictures_keep_their_place():
     image = np.zeros((1, 256, 256, 3), np.uint8)
     image[:, :128, :64] = 255
-    maps = (image[..., 0] > 0).astype(np.uint8)[:, None].repeat(5, 1)
-    small, small_maps = train_sam.resize(image, maps, 192)
-    assert small.shape == (1, 192, 192, 3) and small_maps.shape == (1, 5, 192, 192)
-    assert small_maps[0, 4, :96, :48].all() and small_maps.sum() == 5 * 96 * 48
+    small = train_sam.resize(image, 192)
+    assert small.shape == (1, 192, 192, 3)
     assert small[0, :95, :47].min() == 255 and small[0, 97:].max() == 0
+
+
+@pytest.mark.parametrize("size", [192, 256])
+def test_a_target_keeps_its_area_and_its_place_where_it_becomes_as_coarse_as_a_mask(size):
+    y, x = np.mgrid[:256, :256] + 0.5
+    disc = np.hypot(x - 83.3, y - 140.6) < 21.7
+    shares = train_sam.in_mask_pixels(disc[None], size)[0].numpy()
+    side = 256 / len(shares)
+    assert len(shares) == size // 2
+    assert shares.sum() * side ** 2 == pytest.approx(disc.sum(), rel=0.01)
+    rows, columns = np.indices(shares.shape)
+    for coarse, fine in ((columns, x), (rows, y)):
+        place = ((coarse + 0.5) * side * shares).sum() / shares.sum()
+        assert place == pytest.approx(fine[disc].mean(), abs=0.05)  # pixels of the scene
+
+
+def test_the_report_compares_masks_at_the_size_of_the_scene(monkeypatch):
+    maps = np.zeros((1, 5, 256, 256), np.uint8)
+    maps[0, 0, 41:62, 33:54] = 1  # half of a mask pixel on each side
+    drawn, draw_target = [], train_sam.draw_target
+
+    def noting(*arguments):
+        drawn[:] = [draw_target(*arguments)]
+        return drawn[0]
+
+    monkeypatch.setattr(train_sam, "draw_target", noting)
+    monkeypatch.setattr(
+        train_sam, "decode", lambda *arguments:
+        ((train_sam.in_mask_pixels(drawn[0][0][None], 256) - 0.5)[:, None], None))
+    images, things = np.zeros((1, 256, 256, 3), np.uint8), [[{"kind": "ball"}]]
+    ious, sorts = corrective_clicks(model.new_sam().eval(), images, maps, things, 2)
+    assert sorts[0] in ("thing", "kind", "union")
+    assert ious.min() > 0.98  # all but the corners
+
+
+def test_the_loss_of_a_mask_is_least_at_the_share_of_each_pixel_that_is_covered(monkeypatch):
+    shares = torch.tensor([0.0, 0.25, 0.75, 1.0]).view(1, 2, 2)
+    losses = {}
+    for off in (-1.0, -0.1, 0.0, 0.1, 1.0):
+        logits = torch.logit(shares, 1e-4)[:, None] + off
+        losses[off] = train_sam.mask_loss(logits, shares).item()
+    assert min(losses, key=losses.get) == 0.0, losses
+
+    sam, given, mask_loss = model.new_sam().eval(), [], train_sam.mask_loss
+    train_sam.set_size(sam, 64)
+
+    def noting(logits, shares):
+        given.append(shares)
+        return mask_loss(logits, shares)
+
+    monkeypatch.setattr(train_sam, "mask_loss", noting)
+    shares, embeddings = torch.rand(2, 32, 32), torch.randn(2, model.WIDTH, 8, 8)
+    train_sam.click_loss(sam, embeddings, shares, [1, 1], False, np.random.default_rng(0))
+    assert len(given) == 3 and all(torch.equal(shares, one) for one in given)
+
+
+def test_training_draws_its_targets_by_the_shares_that_were_set(monkeypatch):
+    monkeypatch.setattr(train_sam, "BATCH", 2)
+    monkeypatch.setattr(train_sam, "SHARES", {"mirror": 0.5, "blur": 0.5})
+    given, drawn = [], []
+
+    def noting(maps, things, rng, shares):
+        given.append(shares)
+        drawn.append(rng.random((64, 64)) < 0.5)
+        return drawn[-1], "thing"
+
+    def clicked(sam, embeddings, shares, rng):
+        assert torch.equal(shares, train_sam.in_mask_pixels(np.stack(drawn), 64))
+        return torch.zeros_like(embeddings), torch.zeros(2)
+
+    monkeypatch.setattr(train_sam, "draw_target", noting)
+    monkeypatch.setattr(train_sam, "click_gradients", clicked)
+    sam = model.new_sam()
+    train_sam.set_size(sam, 64)
+    head = torch.nn.Conv2d(model.WIDTH, auxiliary.CHANNELS, 1)
+    kept = train_sam.Scenes(np.zeros((2, 64, 64, 3), np.uint8), np.ones((2, 5, 64, 64), np.uint8),
+                            [[]] * 2, np.zeros((2, 2, auxiliary.SHAPE), np.float32))
+    optimizer = torch.optim.SGD(sam.parameters(), 1e-4)
+    train_sam.train_step(sam, head, optimizer, kept, 64, True, np.random.default_rng(0))
+    assert given == [train_sam.SHARES] * 2
+
+
+@pytest.mark.parametrize("program, name", [(train_sam, "sam"), (train_clip, "clip")])
+def test_a_training_that_computes_nan_keeps_its_last_state_and_the_weights(
+        program, name, small_training, tmp_path, monkeypatch):
+    save, kept = checkpoint.save_training, []
+
+    def save_and_spoil(path, *arguments, **parts):
+        save(path, *arguments, **parts)
+        kept.append(path.read_bytes())
+        for weight in parts["sam" if name == "sam" else "model"].parameters():
+            weight.data.fill_(torch.nan)
+
+    monkeypatch.setattr(checkpoint, "save_training", save_and_spoil)
+    with pytest.raises(UserError, match=f"loss is nan in step 2.*: lower .*delete .*{name}.pt"):
+        small_training(program)
+    assert len(kept) == 1 and (tmp_path / f"{name}.pt").read_bytes() == kept[0]
+    weights = tmp_path / f"{name}.safetensors"
+    assert not weights.exists()
+    (tmp_path / f"{name}.pt").unlink()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *of: torch.tensor(torch.nan))
+    with pytest.raises(UserError, match="the gradient is nan in step 1"):
+        small_training(program)
+    with pytest.raises(UserError, match=f"is not finite in float16, so .*{weights.name} is not"):
+        store.save_weights(torch.nn.Embedding.from_pretrained(torch.full((2, 2), 1e6)), weights)
 
 
 def test_captions_compete_for_a_crop_and_those_that_claim_nothing_do_not():

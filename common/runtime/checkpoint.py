@@ -1,4 +1,4 @@
-"""The files in which stages 2 to 4, and the training of SAMed and MSA, keep their progress.
+"""The files in which stages 2 to 4, and the trainings of rivals and stand-ins, keep their progress.
 
 Such a file holds the settings that made it, and weights, the optimiser's state, the random state,
 the log, or the finished rows of the evaluation.
@@ -29,7 +29,7 @@ SETTINGS = {"task": str, "branch": str, "seed": int, "shots": int, "rounds": int
 def save(path: Path, content: dict) -> None:
     """Writes `content` to `path`, all of it or nothing.
 
-    content: tensors, numbers, strings, and lists and dicts of them.
+    content: tensors, numbers, strings, and lists, tuples and dicts of them.
     """
     # Into memory first: given a path, torch.save reports a full disk as a RuntimeError that does
     # not say why.
@@ -105,11 +105,11 @@ def _tensors(content: object) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def restore(path: Path, content: dict,
+def restore(path: Path, content: dict, mend: str | None = None,
             **parts: torch.nn.Module | torch.optim.Optimizer | torch.Generator) -> None:
     """Puts the states in `content`, which `load` read from `path`, back into `parts` by name.
 
-    Raises UserError if a state does not fit.
+    mend: what the user should do, if not the usual. Raises UserError if a state does not fit.
     """
     try:
         for name, part in parts.items():
@@ -122,8 +122,9 @@ def restore(path: Path, content: dict,
     except Exception as error:  # PyTorch raises nearly anything here
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit the networks there are now "
-                        f"({type(error).__name__}: {reason}): delete it and run its stage again, "
-                        "or name another RUN_DIR") from error
+                        f"({type(error).__name__}: {reason}): "
+                        f"{mend or 'delete it and run its stage again, or name another RUN_DIR'}"
+                        ) from error
 
 
 def _require_shapes(name: str, optimizer: torch.optim.Optimizer) -> None:
@@ -155,7 +156,7 @@ def resume(path: Path, stage: str, made_with: dict, further: dict[str, type],
 
     stage: the command that writes `path`. made_with: the settings of the present run.
     further: names and types of what it must hold beside `CONTENT` and `TRAINING`.
-    settings: as in `load`. mend: as in `require_same`.
+    settings: as in `load`. mend: as in `require_same` and `restore`.
     Returns None if there is no such file yet. Raises UserError like `load` and `restore`, and if
     the file was made with other settings.
     """
@@ -163,7 +164,7 @@ def resume(path: Path, stage: str, made_with: dict, further: dict[str, type],
         return None
     content = load(path, stage, settings, **TRAINING, **further)
     require_same(path, content["settings"], made_with, mend)
-    restore(path, content, **parts)
+    restore(path, content, mend, **parts)
     return content
 
 

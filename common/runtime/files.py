@@ -108,12 +108,12 @@ def expanded(path: str | Path) -> Path:
                         "the whole path") from error
 
 
-def lock(folder: Path) -> None:
+def lock(folder: Path, mend: str = "name another RUN_DIR") -> None:
     """Makes the folder and claims it until this process ends, however it ends.
 
     The lock is on the folder itself, so that no file is left behind. On a system without such
     locks nothing is claimed. Under torchrun rank 0 claims the folder for all.
-    Raises UserError if another process has claimed it.
+    Raises UserError if another process has claimed it; mend: what to do, other than to wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if distributed.RANK > 0:
@@ -126,8 +126,8 @@ def lock(folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process is working in {folder}: wait until it ends, or name "
-                        "another RUN_DIR") from None
+        raise UserError(f"another process is working in {folder}: wait until it ends, or "
+                        f"{mend}") from None
     except OSError:  # a file system without locks
         pass
 

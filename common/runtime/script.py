@@ -152,12 +152,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def require_finite(values: dict[str, float], where: str) -> None:
+def require_finite(values: dict[str, float], where: str, mend: str = "lower LEARNING_RATE and "
+                   "delete what this stage has saved, or check the input") -> None:
     """Raises UserError naming the first of these numbers that is NaN or infinite.
 
-    where: at which point of the training they were computed, for the message.
+    where: at which point of the training they were computed, and mend: what to do, for the message.
     """
     for name, value in values.items():
         if not math.isfinite(value):
-            raise UserError(f"{name.replace('_', ' ')} is {value} {where}: lower LEARNING_RATE and "
-                            "delete what this stage has saved, or check the input")
+            raise UserError(f"{name.replace('_', ' ')} is {value} {where}: {mend}")

@@ -266,6 +266,7 @@ class SceneDrawing:
             pane = reach < 1
             frame = (reach < 1 + 5 / half.min()) & ~pane
             self.canvas[frame] = self._any_colour() * rng.uniform(0.6, 1)
+            self.surface[frame] = SURFACES.index("plain")
             if index == 0:
                 shift = int(rng.integers(40, SIZE - 40))
                 flipped = np.roll(before[:, ::-1], shift, axis=1)
@@ -458,7 +459,7 @@ def draw_for_training(index: int, seed: int = 0) -> Scene:
 
 TRAIN_SCENES, TEST_SCENES = 120, 240
 # Raise this with every change to the scenes, so that old ones on a disk are not used as new ones.
-GENERATOR = 1
+GENERATOR = 2
 PALETTE = [0, 0, 0, 220, 60, 60, 60, 160, 220, 230, 190, 60, 80, 170, 80, 150, 90, 60,
            160, 100, 200]  # RGB, 7 entries
 

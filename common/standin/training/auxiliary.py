@@ -130,11 +130,12 @@ def loss(answers: Tensor, images: Tensor, instances: Tensor, surfaces: Tensor,
     """How far the head's answers (B, CHANNELS, g, g) are from the truth, a scalar.
 
     images: (B, 3, S, S) float in 0..255. instances, surfaces: (B, g, g) int64, at the cells'
-    centres. things, shade: (B, 4 g, 4 g) bool, where a thing is and where something keeps the light
-    away. shapes: (B, n, 11) as from `shapes_of_scenes`. The head answers, in this order, with
-    logits of the surface, the statistics, logits of things and of shade at the cell's 16 mask
-    pixels, row by row, and the thing's shape, in which offsets from the cell stand in place of the
-    centre. Cells without a thing, or with one that has no shape, do not count in the shape loss.
+    centres. things, shade: (B, 4 g, 4 g) float, the share of each mask pixel on which a thing is,
+    or from which something keeps the light away. shapes: (B, n, 11) as from `shapes_of_scenes`. The
+    head answers, in this order, with logits of the surface, the statistics, logits of things and of
+    shade at the cell's 16 mask pixels, row by row, and the thing's shape, in which offsets from the
+    cell stand in place of the centre. Cells without a thing, or with one that has no shape, do not
+    count in the shape loss.
     """
     surface, numbers, thing, dark, shape = answers.split(SECTIONS, 1)
 
@@ -150,8 +151,8 @@ def loss(answers: Tensor, images: Tensor, instances: Tensor, surfaces: Tensor,
     squares = (shape - truth.nan_to_num()) ** 2 * known
 
     def of_fine(logits: Tensor, fine: Tensor) -> Tensor:
-        """Cross-entropy of logits (B, 16, g, g) with fine (B, 4 g, 4 g) bool, a scalar."""
-        in_cells = F.pixel_unshuffle(fine[:, None].float(), FINE)
+        """Cross-entropy of logits (B, 16, g, g) with fine (B, 4 g, 4 g) in 0..1, a scalar."""
+        in_cells = F.pixel_unshuffle(fine[:, None], FINE)
         return F.binary_cross_entropy_with_logits(logits, in_cells)
 
     surface_loss = F.cross_entropy(surface, surfaces)

@@ -12,13 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from common.runtime import files
 from common.runtime.errors import UserError
+from common.runtime.reading import reading
 from common.standin.model import IMAGE_SIZE
 from common.standin.scenes import GENERATOR, draw_for_training
 
@@ -47,20 +48,30 @@ def load_scenes(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[
 
     Returns images (count, s, s, 3) uint8 and maps (count, 5, s, s) uint8, both memory-mapped, and
     the things of each scene. Raises UserError if the folder holds fewer scenes, other ones, or
-    files that are damaged.
+    files that are damaged or cannot be read.
     """
     if not (folder / "things.json").exists():
-        draw_scenes(folder, count)
-    again = "delete the folder to draw them again"
+        try:
+            draw_scenes(folder, count)
+        except OSError as error:  # a write to an open file names none
+            error.filename = error.filename or str(folder)
+            raise
+    again = "delete things.json there, and they are drawn again"
     try:
-        content = json.loads((folder / "things.json").read_text(encoding="utf-8"))
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        maps = np.load(folder / "maps.npy", mmap_mode="r")
-    except (OSError, ValueError) as error:
+        with reading(folder / "things.json", again):
+            content = json.loads((folder / "things.json").read_text(encoding="utf-8"))
+        arrays = []
+        for name in ("images.npy", "maps.npy"):
+            with reading(folder / name, again):
+                arrays.append(np.load(folder / name, mmap_mode="r"))
+        if not isinstance(content, dict) or not content.items() >= _DRAWN.items():
+            raise UserError(f"{folder} holds scenes of another generator or size: {again}")
+        images, maps = arrays
+        things = content["things"]
+        if not len(images) == len(maps) == len(things):
+            raise ValueError("not all files have the same number of scenes")
+    except (OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"the scenes in {folder} are damaged ({error}): {again}") from error
-    if not isinstance(content, dict) or not content.items() >= _DRAWN.items():
-        raise UserError(f"{folder} holds scenes of another generator or size: {again}")
-    things = content["things"]
     if len(things) < count:
         raise UserError(f"{folder} holds {len(things)} scenes, but {count} are needed: {again}")
     return images[:count], maps[:count], things[:count]
@@ -88,6 +99,14 @@ def draw_scenes(folder: Path, count: int) -> None:
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes a model's weights, as float16. A kill leaves the old file or the new one."""
+    """Writes a model's weights, as float16. A kill leaves the old file or the new one.
+
+    Raises UserError where a weight is not finite in float16.
+    """
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    files.write_atomic(path, lambda temporary: save_file(weights, temporary))
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"{name} is not finite in float16, so {path} is not replaced: train "
+                            "with a lower rate")
+    content = safetensors.torch.save(weights)
+    files.write_atomic(path, lambda temporary: temporary.write_bytes(content))

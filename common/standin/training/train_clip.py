@@ -35,10 +35,10 @@ from torch.nn import functional as F
 
 from common.frozen.clip_surgery import TEMPLATES, ClipSurgery, surgery_tokens
 from common.frozen.clip_weights import STANDIN
-from common.runtime import checkpoint, script
-from common.standin.scenes import KINDS
+from common.runtime import checkpoint, files, script, settings
+from common.standin.scenes import GENERATOR, KINDS
 from common.standin.training.store import FIELDS, load_scenes, save_weights
-from common.standin.training.train_sam import BF16, HELD_OUT, SCENES, TRAIN
+from common.standin.training.train_sam import HELD_OUT, SCENES, TRAIN
 
 STEPS = 3600  # optimiser steps
 BATCH = 64  # crops and captions a step
@@ -57,8 +57,8 @@ CROP = 64
 # more looks blurred.
 SCALES = 0.8, 1.25
 PATCH = 8  # pixels a side of a patch, as in clip_config.json
-# How often crops and regions show an effect or a kind, in shares of how often they show any other
-# kind. Rings are the hardest: a piece of one is a piece of anything.
+# How often crops and regions show an effect, or a thing of a kind, in shares of how often they show
+# a thing of any other kind. Rings are the hardest: a piece of one is a piece of anything.
 SHARES = {"shadow": 3, "mirror": 3, "blur": 3, "ring": 3}
 EFFECT_WORDS = {  # how captions may call an effect
     "shadow": ("shadow", "shadow", "cast shadow"),
@@ -93,7 +93,7 @@ def write_caption(words: set[str], rng: np.random.Generator) -> tuple[str, set[s
     """A caption with one of the words, and the set of what it claims, which is that word.
 
     Where there are no words, and now and then where there are, the caption claims nothing. Effects
-    are rarer than things, so half of the captions that could name one do.
+    are rarer than things, so half of the captions that could name one must; the others may.
     """
     if not words or rng.random() < 0.04:
         return TEMPLATES[rng.integers(len(TEMPLATES))](""), set()
@@ -277,6 +277,11 @@ def report(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, images: 
 
 
 def main() -> None:
+    settings.positive(globals(), "STEPS", "BATCH", "SAVE_EVERY", "REPORT_EVERY", "WARM_UP")
+    settings.at_most(globals(), TRAIN, "BATCH")
+    settings.at_most(globals(), STEPS, "WARM_UP")
+    script.device(DEVICE)
+    files.lock(SCENES, "set another SCENES")
     torch.manual_seed(SEED)
     images, maps, things = load_scenes(SCENES, TRAIN + HELD_OUT)
     config = json.loads((STANDIN / "clip_config.json").read_text())
@@ -296,17 +301,19 @@ def main() -> None:
     path, generator = SCENES / "clip.pt", torch.Generator().manual_seed(SEED)
     made_with = {"steps": STEPS, "train": TRAIN, "batch": BATCH, "regions": REGIONS,
                  "patches": PATCHES, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP,
-                 "shares": SHARES, "seed": SEED}
+                 "shares": SHARES, "words": EFFECT_WORDS, "scales": SCALES, "crop": CROP,
+                 "patch": PATCH, "seed": SEED, "generator": GENERATOR}
     saved = checkpoint.resume(path, "make standin", made_with, {"step": int}, {},
-                              "set it back, or delete the file", model=model, pairs=pairs,
+                              "set the constant back, or delete the file", model=model, pairs=pairs,
                               optimizer=optimizer, schedule=schedule, generator=generator)
     done = saved["step"] if saved else 0
+    print(f"{STEPS} steps{f'; {done} of them are done' if done else ''}", flush=True)
     started, losses = time.time(), []
     for step in range(done + 1, STEPS + 1):
         seed = torch.randint(2**31, (), generator=generator).item()
         batch = draw_batch(images, maps, things, np.random.default_rng(seed))
         crops, weights, captions, true_of_crops, true_of_regions = batch
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
             tokens = surgery_tokens(model.visual, (crops.to(DEVICE) / 255 - mean) / deviation)
             texts = F.normalize(model.encode_text(tokenizer(captions).to(DEVICE)), dim=-1)
         tokens, texts = tokens.float(), texts.float()
@@ -322,10 +329,12 @@ def main() -> None:
 
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+        script.require_finite({"the loss": losses[-1], "the gradient": norm}, f"in step {step}",
+                              f"lower LEARNING_RATE and delete {path}")
         if step % SAVE_EVERY == 0 or step == STEPS:
             checkpoint.save_training(path, made_with, [], finished=step == STEPS, step=step,
                                      model=model, pairs=pairs, optimizer=optimizer,
