@@ -43,7 +43,7 @@ bench: .venv/installed  ## how fast the parts are beside what they replace: make
 faults: .venv/installed  ## kill stages, fill disks and damage files at random: a few minutes
 	$(RUN) -m tests.faults.campaign KILLS=200 INPUTS=1000
 
-standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: about four hours on a CPU
+standin: .venv/installed  ## retrain the SAM and CLIP stand-ins from scratch: four to eight hours on two CPU cores
 	$(RUN) -m common.standin.training.train_sam
 	$(RUN) -m common.standin.training.train_clip
 

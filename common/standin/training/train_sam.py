@@ -2,10 +2,10 @@
 
     python -m common.standin.training.train_sam
 
-We estimate three hours on both threads of a 2-core CPU. The first phases see smaller pictures,
-since the encoder is convolutional and the cost of a step grows with the picture. A stopped training
-goes on from its last save. With another number of threads other weights result: each thread draws
-clicks for a part of the batch.
+We estimate three hours on both threads of a 2-core CPU, and six where it has no AVX-512. The first
+phases see smaller pictures, since the encoder is convolutional and the cost of a step grows with
+the picture. A stopped training goes on from its last save. With another number of threads other
+weights result: each thread draws clicks for a part of the batch.
 
 Each step embeds a batch of scenes and asks for one target in each. Some batches are prompted as
 people do it: up to nine clicks, each in the middle of the largest error. The others are decoded
