@@ -14,7 +14,7 @@ from common.datasets import list_samples
 from common.frozen import clip_weights
 from common.images import load_image
 from common.label_maps import load_label_map
-from common.runtime import checkpoint
+from common.runtime import checkpoint, files
 from common.runtime.errors import UserError
 from common.standin import model, scenes
 from common.standin.training import auxiliary, store, train_clip, train_sam
@@ -288,6 +288,35 @@ def test_a_stopped_training_of_a_stand_in_goes_on_as_if_it_had_not_stopped(
     monkeypatch.setattr(program, "SEED", 1)
     with pytest.raises(UserError, match=f"{state.name} was made with SEED=0, and now it is 1: "
                                         "set the constant back, or delete the file$"):
+        program.main()
+
+
+def test_a_state_of_other_networks_is_named_with_what_to_do(small_training, tmp_path, monkeypatch):
+    small_training(train_sam)
+    monkeypatch.setattr(auxiliary, "CHANNELS", auxiliary.CHANNELS + 1)
+    with pytest.raises(UserError, match="sam.pt does not fit .*: set the constant back, or delete "
+                                        "the file$"):
+        train_sam.main()
+
+
+@pytest.mark.parametrize("program", [train_sam, train_clip])
+@pytest.mark.parametrize("name, value, message", [
+    ("SAVE_EVERY", 0, "SAVE_EVERY=0 must be greater than 0"),
+    ("BATCH", 10**5, "BATCH=100000 .* set it to 8000 or less"),
+    ("DEVICE", "abacus", "DEVICE=abacus is not on this machine")])
+def test_a_setting_of_a_stand_ins_training_that_makes_no_sense_is_named(
+        program, name, value, message, monkeypatch):
+    monkeypatch.setattr(program, name, value)
+    with pytest.raises(UserError, match=message):
+        program.main()
+
+
+@pytest.mark.parametrize("program", [train_sam, train_clip])
+def test_two_trainings_do_not_share_a_folder(program, tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    files.lock(tmp_path)
+    monkeypatch.setattr(program, "SCENES", tmp_path)
+    with pytest.raises(UserError, match=f"in {tmp_path}: wait until .*, or set another SCENES$"):
         program.main()
 
 
