@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.frozen.clip_surgery import TEMPLATES, ClipSurgery, surgery_tokens
-from common.frozen.clip_weights import STANDIN
+from common.frozen.clip_weights import STANDIN, load_clip
 from common.runtime import checkpoint, files, script, settings
 from common.standin.scenes import GENERATOR, KINDS
 from common.standin.training.store import FIELDS, load_scenes, save_weights
@@ -347,7 +347,8 @@ def main() -> None:
     model.logit_scale.data = pairs["scales"][0].data.clone()  # CLIP's own name for the scale
     save_weights(model, STANDIN / "clip.safetensors")
     print(f"wrote {STANDIN / 'clip.safetensors'}; to train from scratch again, delete {path}")
-    report(model.eval(), tokenizer, images[held_out], maps[held_out], things[held_out])
+    as_written = load_clip("demo", DEVICE)
+    report(*as_written, images[held_out], maps[held_out], things[held_out])
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from common.runtime import checkpoint, files, script, settings
 from common.runtime.workers import side_by_side
-from common.standin.model import IMAGE_SIZE, STRIDE, WEIGHTS, WIDTH, new_sam
+from common.standin.model import IMAGE_SIZE, STRIDE, WEIGHTS, WIDTH, build_sam, new_sam
 from common.standin.scenes import GENERATOR
 from common.standin.training import auxiliary
 from common.standin.training.store import load_scenes, save_weights
@@ -547,8 +547,7 @@ def main() -> None:
                   f"{(time.time() - started) / (step - done):.2f} s a step", flush=True)
     save_weights(sam, WEIGHTS)
     print(f"wrote {WEIGHTS}; to train from scratch again, delete {path}", flush=True)
-    set_size(sam, IMAGE_SIZE)
-    report(sam.eval(), images[TRAIN:], maps[TRAIN:], things[TRAIN:])
+    report(build_sam().to(DEVICE), images[TRAIN:], maps[TRAIN:], things[TRAIN:])  # as written
 
 
 if __name__ == "__main__":
