@@ -34,6 +34,14 @@ def test_scenes_are_the_same_for_the_same_seed_and_hold_their_target(effect):
     assert 0.01 <= (one.label_map(effect) > 0).mean() <= 0.75
 
 
+def test_the_frame_of_a_mirror_is_plain():
+    for index in range(3):
+        scene = scenes.draw_for_task("mirror", "train", index)
+        mirror = scene.mirror > 0
+        around = ndimage.binary_dilation(mirror, iterations=2) & ~mirror & (scene.instances == 0)
+        assert around.any() and (scene.surface[around] == scenes.SURFACES.index("plain")).all()
+
+
 def test_training_scenes_are_no_scenes_of_a_demo_task(monkeypatch):
     seeds = []
     draw_scene = scenes.draw_scene
