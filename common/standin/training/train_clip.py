@@ -2,8 +2,8 @@
 
     python -m common.standin.training.train_clip
 
-We estimate an hour on one thread of a 2-core CPU. It uses the scenes of train_sam.py. A stopped
-training goes on from its last save.
+We estimate an hour on one thread of a 2-core CPU, and an hour and a half on both threads of one
+without AVX-512. It uses the scenes of train_sam.py. A stopped training goes on from its last save.
 
 The model is open_clip's `CLIP` at a small size. Captions name kinds of things (alone, or with a
 colour or surface), shadows, mirrors, defocus and salient objects, in CLIP Surgery's own templates.
