@@ -71,8 +71,10 @@ def test_the_first_forward_pass_is_that_of_the_frozen_sam(name, request):
         expected = frozen.mask_decoder.predict_masks(embedding, pe, sparse, dense)[0][0, 0]
         for method in METHODS:
             logits = FineTuned(copy.deepcopy(frozen), method, texts=1).logits(picture)
-            # not bit by bit: on some CPUs the last digits differ
-            torch.testing.assert_close(logits[1], expected, rtol=1e-3, atol=1e-4)
+            if name == "vit_b":  # without AVX-512 a copy of the weights computes other last digits
+                torch.testing.assert_close(logits[1], expected, rtol=0, atol=2e-6)
+            else:
+                assert torch.equal(logits[1], expected), method
             assert not logits[0].any(), method
 
 

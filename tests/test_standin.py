@@ -454,7 +454,7 @@ def test_a_target_keeps_its_area_and_its_place_where_it_becomes_as_coarse_as_a_m
     shares = train_sam.in_mask_pixels(disc[None], size)[0].numpy()
     side = 256 / len(shares)
     assert len(shares) == size // 2
-    assert shares.sum() * side ** 2 == pytest.approx(disc.sum(), rel=0.01)
+    assert shares.sum() * side ** 2 == pytest.approx(disc.sum(), rel=1e-4)
     rows, columns = np.indices(shares.shape)
     for coarse, fine in ((columns, x), (rows, y)):
         place = ((coarse + 0.5) * side * shares).sum() / shares.sum()

@@ -141,8 +141,10 @@ def in_mask_pixels(areas: np.ndarray, size: int) -> Tensor:
     size: pixels a side of the picture that the stand-in sees. A share has the middle of its pixel,
     as a mask that is enlarged assumes; one of the scene's pixels under it would lie beside that.
     """
-    covered = torch.from_numpy(areas).float()[:, None]
-    return F.adaptive_avg_pool2d(covered, size // _PIXEL)[:, 0]
+    before, after = areas.shape[2], size // _PIXEL
+    finer = after // math.gcd(before, after)  # so that a mask pixel is made of whole small ones
+    covered = F.interpolate(torch.from_numpy(areas).float()[:, None], (before * finer,) * 2)
+    return F.avg_pool2d(covered, before * finer // after)[:, 0]
 
 
 def clicks_in(region: Tensor, count: int, draws: torch.Generator) -> Tensor:
